@@ -1,0 +1,159 @@
+//! How did it end, and what is known of a call that came in? The way back of the inbound way.
+//!
+//! An entry ends once: by `finish`, or by being dropped, which is how a cancelled handler ends. What it can tell is put into words
+//! only when somebody asks.
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::plan::Mode;
+use super::{Entry, Refusal};
+use crate::secure::authorize::{Question, Verdict};
+use crate::secure::path::Path;
+
+impl Entry {
+    /// The call ended: with an HTTP status, or for gRPC with its code; 0 is no status at all (HTTP). Only the first end counts.
+    pub fn finish(&self, status: u16, now: Duration) {
+        self.end(status, Some(now.saturating_sub(self.begun)));
+    }
+
+    fn end(&self, code: u16, took: Option<Duration>) {
+        if self.is_done.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if let Some(series) = &self.series {
+            series.end(code, took);
+        }
+        if self.generation == self.state.generation.load(Ordering::Relaxed) {
+            self.state.in_flight.leave();
+        }
+    }
+
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.refusal
+    }
+
+    /// 0: it may go on.
+    pub fn status(&self) -> u16 {
+        self.refusal.map_or(0, Refusal::status)
+    }
+
+    pub fn reason(&self) -> &'static str {
+        self.refusal.map_or("", Refusal::reason)
+    }
+
+    /// The mode lets it pass, and the rules (or a dry-run rule) would not.
+    pub fn would_deny(&self) -> bool {
+        self.status() == 0 && self.verdict.is_some_and(|verdict| !verdict.is_allowed || !verdict.shadow.0)
+    }
+
+    /// The rule that decided; "" where none allowed it, or none was asked.
+    pub fn rule(&self) -> &str {
+        self.named(self.verdict.and_then(|verdict| verdict.rule))
+    }
+
+    /// The dry-run rule that would change the decision; "" for none.
+    pub fn dry_run_rule(&self) -> &str {
+        let changed = self.verdict.filter(|verdict| verdict.shadow != (verdict.is_allowed, verdict.rule));
+        self.named(changed.and_then(|verdict| verdict.shadow.1))
+    }
+
+    fn named(&self, rule: Option<usize>) -> &str {
+        self.snapshot.as_ref().map_or("", |snapshot| snapshot.rules.rule_name(rule))
+    }
+
+    /// The rule that came nearest to allowing what no rule allowed.
+    pub fn nearest_rule(&self) -> &str {
+        match (&self.snapshot, self.question(), self.verdict) {
+            (Some(snapshot), Some(question), Some(Verdict { is_allowed: false, rule: None, .. })) => {
+                snapshot.rules.nearest_name(&question)
+            }
+            _ => "",
+        }
+    }
+
+    fn question(&self) -> Option<Question<'_>> {
+        self.path.as_ref().map(|path| Question { peer: self.peer.as_deref(), method: &self.method, path })
+    }
+
+    /// What happened and what to do, for the one who runs this service; "" if nothing happened. It names rules: not for callers.
+    pub fn detail(&self) -> String {
+        match self.refusal {
+            // A rule may let everybody in, but in enforce nobody is everybody.
+            Some(refusal @ Refusal::NoIdentity) if self.verdict.is_some_and(|verdict| verdict.is_allowed) => {
+                refusal.to_string()
+            }
+            Some(Refusal::NoIdentity | Refusal::Denied) => self.explanation(),
+            Some(refusal) => refusal.to_string(),
+            None if self.would_deny() => self.explanation(),
+            None => String::new(),
+        }
+    }
+
+    fn explanation(&self) -> String {
+        let (Some(snapshot), Some(question), Some(verdict)) = (&self.snapshot, self.question(), self.verdict) else {
+            return String::new();
+        };
+        let rule = if verdict.is_allowed { verdict.shadow.1 } else { verdict.rule };
+        snapshot.rules.explain(rule, &question)
+    }
+
+    pub fn path(&self) -> &str {
+        self.path.as_ref().map_or("", Path::text)
+    }
+
+    pub fn raw_path(&self) -> &str {
+        self.path.as_ref().map_or("", Path::raw)
+    }
+
+    pub fn route(&self) -> &str {
+        match (&self.snapshot, self.route) {
+            (Some(snapshot), Some(route)) => snapshot.route_name(route),
+            _ => "",
+        }
+    }
+
+    pub fn method(&self) -> &str {
+        &self.method
+    }
+
+    pub fn peer(&self) -> Option<&str> {
+        self.peer.as_deref()
+    }
+
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    pub fn begun(&self) -> Duration {
+        self.begun
+    }
+
+    pub fn is_grpc(&self) -> bool {
+        self.is_grpc
+    }
+
+    pub fn is_tls(&self) -> bool {
+        self.is_tls
+    }
+
+    pub fn mode(&self) -> Option<Mode> {
+        self.snapshot.as_ref().map(|snapshot| snapshot.mode)
+    }
+
+    pub fn service(&self) -> &str {
+        self.snapshot.as_ref().map_or("", |snapshot| &snapshot.service)
+    }
+
+    /// What the rules said: "allow", "deny", or "" where they were not asked.
+    pub fn verdict(&self) -> &'static str {
+        self.verdict.map_or("", |verdict| if verdict.is_allowed { "allow" } else { "deny" })
+    }
+}
+
+impl Drop for Entry {
+    /// Nobody said how it ended: the caller left, or a handler was cancelled. The permit goes back all the same.
+    fn drop(&mut self) {
+        const CANCELLED: u16 = 1;
+        self.end(if self.is_grpc { CANCELLED } else { 0 }, None);
+    }
+}

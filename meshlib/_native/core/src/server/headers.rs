@@ -1,0 +1,247 @@
+//! Is the list of headers sound, and how much time does it leave?
+//!
+//! One pass over the list as the server parsed it, field by field, so that nothing is copied. It refuses what two parsers read in
+//! two ways (two Hosts, two framings, names that are no names): the request behind such a list is not the one that was checked.
+//! Time limits of three kinds are understood; the shortest counts, none is believed beyond an hour, and an unreadable one is
+//! ignored, since it can only hurt its sender. It does not judge identity headers: no header ever carries an identity here.
+use std::fmt;
+use std::time::Duration;
+
+/// No caller keeps us busy for longer than this by asking for it.
+pub const LONGEST: Duration = Duration::from_secs(3600);
+const MOST_FIELDS: u32 = 100;
+
+/// Feed it each field, then hand it to `Gate::begin`.
+#[derive(Debug, Default)]
+pub struct Headers {
+    is_host_wanted: bool,
+    host: Option<Vec<u8>>,
+    fields: u32,
+    hosts: u32,
+    lengths: u32,
+    encodings: u32,
+    remaining: Option<Duration>,
+    fault: Option<HeaderFault>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeaderFault {
+    Name,
+    Value,
+    Hosts,
+    Host,
+    Framing,
+    Length,
+    TooMany,
+}
+
+impl HeaderFault {
+    pub fn status(self) -> u16 {
+        if self == HeaderFault::TooMany {
+            431
+        } else {
+            400
+        }
+    }
+}
+
+impl fmt::Display for HeaderFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            HeaderFault::Name => "a header's name has a character that names do not have",
+            HeaderFault::Value => "a header's value has a NUL or a line break",
+            HeaderFault::Hosts => "there is more than one Host header",
+            HeaderFault::Host => "the Host header is not the name of a host",
+            HeaderFault::Framing => "Content-Length and Transfer-Encoding stand together, or one of them stands twice",
+            HeaderFault::Length => "Content-Length is not a number",
+            HeaderFault::TooMany => "there are more than 100 header fields",
+        })
+    }
+}
+
+impl Headers {
+    /// The target decides whether Host has to be kept: only an absolute one is compared with it.
+    pub fn for_target(target: &[u8]) -> Self {
+        Self { is_host_wanted: target.first() != Some(&b'/'), ..Self::default() }
+    }
+
+    pub fn field(&mut self, name: &[u8], value: &[u8]) {
+        self.fields += 1;
+        if !is_token(name) {
+            self.blame(HeaderFault::Name);
+        }
+        if value.iter().fold(false, |found, byte| found | matches!(byte, 0 | b'\r' | b'\n')) {
+            self.blame(HeaderFault::Value);
+        }
+        let is = |wanted: &str| name.eq_ignore_ascii_case(wanted.as_bytes());
+        match name.len() {
+            4 if is("host") => self.host(value),
+            14 if is("content-length") => {
+                self.lengths += 1;
+                if value.is_empty() || !value.iter().all(u8::is_ascii_digit) {
+                    self.blame(HeaderFault::Length);
+                }
+            }
+            17 if is("transfer-encoding") => self.encodings += 1,
+            18 if is("x-mesh-deadline-ms") => self.leave(milliseconds(value)),
+            12 if is("grpc-timeout") => self.leave(grpc_timeout(value)),
+            30 if is("x-envoy-expected-rq-timeout-ms") => self.leave(milliseconds(value)),
+            _ => {}
+        }
+    }
+
+    fn host(&mut self, value: &[u8]) {
+        self.hosts += 1;
+        let is_host = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%:[]".contains(byte);
+        if !value.iter().all(is_host) {
+            self.blame(HeaderFault::Host);
+        }
+        if self.is_host_wanted {
+            self.host = Some(value.to_vec());
+        }
+    }
+
+    fn blame(&mut self, fault: HeaderFault) {
+        self.fault.get_or_insert(fault);
+    }
+
+    fn leave(&mut self, remaining: Option<Duration>) {
+        if let Some(remaining) = remaining {
+            let remaining = remaining.min(LONGEST);
+            self.remaining = Some(self.remaining.map_or(remaining, |shortest| shortest.min(remaining)));
+        }
+    }
+
+    pub fn fault(&self) -> Option<HeaderFault> {
+        if self.fields > MOST_FIELDS {
+            Some(HeaderFault::TooMany)
+        } else if self.fault.is_some() {
+            self.fault
+        } else if self.hosts > 1 {
+            Some(HeaderFault::Hosts)
+        } else if self.lengths + self.encodings > 1 {
+            Some(HeaderFault::Framing)
+        } else {
+            None
+        }
+    }
+
+    pub fn host_value(&self) -> Option<&[u8]> {
+        self.host.as_deref()
+    }
+
+    /// The time that the caller leaves us; zero: it is spent.
+    pub fn remaining(&self) -> Option<Duration> {
+        self.remaining
+    }
+}
+
+fn is_token(name: &[u8]) -> bool {
+    let is_bad = |byte: u8| {
+        !(byte.is_ascii_alphanumeric()
+            || matches!(
+                byte,
+                b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`' | b'|' | b'~'
+            ))
+    };
+    !name.is_empty() && !name.iter().fold(false, |found, byte| found | is_bad(*byte))
+}
+
+/// A whole number of at most 8 digits; more digits are more than an hour in every unit but nanoseconds, and are cut there.
+/// A negative number is a time that is spent.
+fn number(text: &[u8]) -> Option<u64> {
+    let (is_negative, digits) = match text {
+        [b'-', digits @ ..] => (true, digits),
+        _ => (false, text),
+    };
+    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let value = digits.iter().fold(0u64, |sum, digit| sum.saturating_mul(10).saturating_add(u64::from(digit - b'0')));
+    Some(if is_negative { 0 } else { value })
+}
+
+fn milliseconds(value: &[u8]) -> Option<Duration> {
+    number(value).map(Duration::from_millis)
+}
+
+/// As in gRPC over HTTP/2: digits and a unit. More than 8 digits are no gRPC; they mean the longest time.
+fn grpc_timeout(value: &[u8]) -> Option<Duration> {
+    let (unit, digits) = value.split_last()?;
+    let count = number(digits)?;
+    if digits.len() > 8 {
+        return Some(if count == 0 { Duration::ZERO } else { LONGEST });
+    }
+    Some(match unit {
+        b'H' => Duration::from_secs(count.saturating_mul(3600)),
+        b'M' => Duration::from_secs(count.saturating_mul(60)),
+        b'S' => Duration::from_secs(count),
+        b'm' => Duration::from_millis(count),
+        b'u' => Duration::from_micros(count),
+        b'n' => Duration::from_nanos(count),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(fields: &[(&str, &str)]) -> Headers {
+        let mut headers = Headers::for_target(b"http://h/");
+        for (name, value) in fields {
+            headers.field(name.as_bytes(), value.as_bytes());
+        }
+        headers
+    }
+
+    #[test]
+    fn what_two_parsers_read_differently_is_refused() {
+        for (fields, fault) in [
+            (&[("host", "a"), ("Host", "a")][..], HeaderFault::Hosts),
+            (&[("content-length", "1"), ("transfer-encoding", "chunked")], HeaderFault::Framing),
+            (&[("content-length", "1"), ("content-length", "1")], HeaderFault::Framing),
+            (&[("content-length", "+1")], HeaderFault::Length),
+            (&[("x-a\u{1}", "")], HeaderFault::Name),
+            (&[("x a", "")], HeaderFault::Name),
+            (&[("", "")], HeaderFault::Name),
+            (&[("x-role", "ad\0min")], HeaderFault::Value),
+            (&[("x-role", "user\r\nx-role: admin")], HeaderFault::Value),
+            (&[("host", "a b")], HeaderFault::Host),
+            (&[("host", "a/b")], HeaderFault::Host),
+        ] {
+            assert_eq!(read(fields).fault(), Some(fault), "{fields:?}");
+        }
+        assert_eq!(read(&[("host", "[::1]:80"), ("content-length", "5"), ("x-y", "z\u{e9}")]).fault(), None);
+    }
+
+    #[test]
+    fn a_hundred_fields_are_enough() {
+        let fields = vec![("x-a", "1"); 101];
+        assert_eq!(read(&fields).fault(), Some(HeaderFault::TooMany));
+        assert_eq!(read(fields.get(1..).unwrap_or_default()).fault(), None);
+    }
+
+    #[test]
+    fn the_shortest_time_counts() {
+        for (fields, expected) in [
+            (&[("x-mesh-deadline-ms", "1500")][..], Some(Duration::from_millis(1500))),
+            (&[("grpc-timeout", "2S"), ("x-envoy-expected-rq-timeout-ms", "500")], Some(Duration::from_millis(500))),
+            (&[("grpc-timeout", "20m")], Some(Duration::from_millis(20))),
+            (&[("grpc-timeout", "99999999H")], Some(LONGEST)),
+            (&[("grpc-timeout", "99999999999999999n")], Some(LONGEST)),
+            (&[("grpc-timeout", "100000000n")], Some(LONGEST)),
+            (&[("grpc-timeout", "000000000S")], Some(Duration::ZERO)),
+            (&[("grpc-timeout", "1x")], None),
+            (&[("grpc-timeout", "S")], None),
+            (&[("x-mesh-deadline-ms", "0")], Some(Duration::ZERO)),
+            (&[("x-mesh-deadline-ms", "-20")], Some(Duration::ZERO)),
+            (&[("x-mesh-deadline-ms", "99999999999999999999999999")], Some(LONGEST)),
+            (&[("x-mesh-deadline-ms", "soon")], None),
+            (&[("x-mesh-deadline-ms", "1.5")], None),
+            (&[], None),
+        ] {
+            assert_eq!(read(fields).remaining(), expected, "{fields:?}");
+        }
+    }
+}
