@@ -1,0 +1,276 @@
+//! What do we prove to peers, and what must they prove to us? TLS by rustls, in generations.
+//!
+//! A generation is our SVID with its key and the bundles of that moment. Whatever was won under it, tickets above all, lives in the
+//! `TlsClient` or `TlsServer` of the generation and dies with it: so a rotation of identity or bundle can't leave a session behind
+//! that was proved under the old one. Keys stay in memory that rustls wipes; no `Debug` here shows them.
+//!
+//! TLS 1.2 and 1.3, never 0-RTT, no renegotiation, no key log, resumption only with extended master secret.
+pub mod client;
+pub mod server;
+pub mod session;
+pub mod tickets;
+pub mod verify;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use ahash::AHashMap;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+pub use rustls::pki_types::CertificateDer;
+use rustls::pki_types::PrivateKeyDer;
+use rustls::sign::CertifiedKey;
+pub use rustls::CommonState;
+use rustls::{AlertDescription, CertificateError, Error as RustlsError, ProtocolVersion};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::spiffe;
+use verify::{Peer, Refusal, Roots};
+
+/// The crypto of every connection: ring, with rustls' order of suites.
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+/// Our own certificate and key, checked against one another.
+pub struct Svid {
+    pub key: Arc<CertifiedKey>,
+    pub peer: Peer,
+}
+
+impl Svid {
+    /// From PEM; the leaf first. It must be a certificate that our own verifier would read.
+    pub fn from_pem(chain: &[u8], key: &[u8], provider: &CryptoProvider) -> Result<Svid> {
+        let hint = "Likely cause: the files of two different certificates got mixed, or a file is cut off. Issue the identity again.";
+        let certificates = certificates(chain).map_err(|why| {
+            Error::new(ErrorKind::Identity, format!("Our certificate chain can't be read: {why}."), hint)
+        })?;
+        // The parser's own error could quote the key file: it is dropped.
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| {
+            Error::new(ErrorKind::Identity, "Our private key is not PEM (PKCS#8, PKCS#1 or SEC1).", hint)
+        })?;
+        let leaf = certificates
+            .first()
+            .map(|leaf| verify::read_leaf(leaf))
+            .unwrap_or_else(|| Err(Refusal::NotAnSvid("there is none".into())));
+        let peer = leaf.map_err(|refusal| {
+            Error::new(ErrorKind::Identity, format!("We can't use our own certificate: {refusal}."), hint)
+        })?;
+        let key = CertifiedKey::from_der(certificates, key, provider).map_err(|error| {
+            let what = match error {
+                RustlsError::InconsistentKeys(_) => "Our private key does not belong to our certificate.",
+                _ => "Our private key is of a kind that TLS can't use.",
+            };
+            Error::new(ErrorKind::Identity, what, hint)
+        })?;
+        Ok(Svid { key: Arc::new(key), peer })
+    }
+
+    /// There must be a bundle of our own trust domain: else no peer of ours could be verified.
+    pub fn check_trust_domain<T>(&self, bundles: &AHashMap<String, T>) -> Result<()> {
+        let trust_domain = spiffe::parse(&self.peer.id).map_or("", |id| id.trust_domain);
+        if bundles.contains_key(trust_domain) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::TrustDomain,
+            format!("Our certificate is {}, and there is no bundle of the trust domain {trust_domain}.", self.peer.id),
+            "Likely cause: the identity was issued by the CA of another mesh. Issue it with this mesh's CA, or add the bundle.",
+        ))
+    }
+}
+
+/// Roots by trust domain, never in one pool.
+pub fn bundles<'a>(pems: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<AHashMap<String, Roots>> {
+    let mut bundles = AHashMap::new();
+    for (trust_domain, pem) in pems {
+        let unusable = |why: String| {
+            Error::new(
+                ErrorKind::Identity,
+                format!("The bundle of the trust domain {trust_domain:?} can't be used: {why}."),
+                "A bundle is the PEM of one or more CA certificates. Fetch or write it again.",
+            )
+        };
+        spiffe::check_trust_domain(trust_domain).map_err(|why| unusable(why.to_owned()))?;
+        let mut roots = Roots::default();
+        for certificate in certificates(pem).map_err(|why| unusable(why.to_owned()))? {
+            let not_after = match X509Certificate::from_der(&certificate) {
+                Ok((_, parsed)) if parsed.is_ca() => verify::validity(&parsed).1,
+                _ => return Err(unusable("one of its certificates is not a CA".to_owned())),
+            };
+            let anchor = webpki::anchor_from_trusted_cert(&certificate).map_err(|error| unusable(error.to_string()))?;
+            roots.push(anchor.to_owned(), not_after);
+        }
+        bundles.insert(trust_domain.to_owned(), roots);
+    }
+    Ok(bundles)
+}
+
+fn certificates(pem: &[u8]) -> std::result::Result<Vec<CertificateDer<'static>>, &'static str> {
+    let certificates: Vec<_> =
+        CertificateDer::pem_slice_iter(pem).collect::<std::result::Result<_, _>>().map_err(|_| "it is not PEM")?;
+    if certificates.is_empty() {
+        return Err("it holds no certificate");
+    }
+    Ok(certificates)
+}
+
+/// Handshakes of one generation, by how they ended.
+#[derive(Debug, Default)]
+pub struct Handshakes {
+    full: AtomicU64,
+    resumed: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Handshakes {
+    pub fn succeeded(&self, is_resumed: bool) {
+        let counter = if is_resumed { &self.resumed } else { &self.full };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn failed(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn counts(&self) -> [(&'static str, u64); 3] {
+        [
+            ("full", self.full.load(Ordering::Relaxed)),
+            ("resumed", self.resumed.load(Ordering::Relaxed)),
+            ("failed", self.failed.load(Ordering::Relaxed)),
+        ]
+    }
+}
+
+pub fn is_resumed(state: &CommonState) -> bool {
+    state.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
+}
+
+/// The version as Python's `ssl` writes it.
+pub fn version(state: &CommonState) -> Option<&'static str> {
+    match state.protocol_version()? {
+        ProtocolVersion::TLSv1_2 => Some("TLSv1.2"),
+        ProtocolVersion::TLSv1_3 => Some("TLSv1.3"),
+        _ => None,
+    }
+}
+
+/// The cipher suite by its IANA name.
+pub fn cipher(state: &CommonState) -> Option<String> {
+    let suite = state.negotiated_cipher_suite()?.suite();
+    Some(suite.as_str().map_or_else(|| format!("{suite:?}"), |name| name.replacen("TLS13_", "TLS_", 1)))
+}
+
+/// An error that the handshake ends with: rustls' own, or what the check after it found.
+#[derive(Debug)]
+pub enum Failure {
+    Rustls(RustlsError),
+    Refused(Refusal),
+}
+
+impl From<RustlsError> for Failure {
+    fn from(error: RustlsError) -> Failure {
+        Failure::Rustls(error)
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Failure {
+        Failure::Refused(refusal)
+    }
+}
+
+/// What happened, for people. `is_open`: the handshake was done before it happened.
+pub fn explain(failure: Failure, is_open: bool) -> Error {
+    let error = match failure {
+        Failure::Refused(refusal) => return refused(&refusal),
+        Failure::Rustls(error) => error,
+    };
+    match error {
+        RustlsError::InvalidCertificate(certificate) => match &certificate {
+            CertificateError::Expired => refused(&Refusal::Expired),
+            CertificateError::NotValidYet => refused(&Refusal::NotYetValid),
+            CertificateError::UnknownIssuer => refused(&Refusal::Chain(webpki::Error::UnknownIssuer)),
+            CertificateError::Other(other) => match other.0.downcast_ref::<Refusal>() {
+                Some(refusal) => refused(refusal),
+                None => refused(&Refusal::NotAnSvid(certificate.to_string())),
+            },
+            other => refused(&Refusal::NotAnSvid(other.to_string())),
+        },
+        RustlsError::NoCertificatesPresented => Error::new(
+            ErrorKind::PeerIdentity,
+            "The peer showed no certificate.",
+            "Likely cause: a caller outside the mesh. In mode enforce every caller needs an identity; permissive admits those without.",
+        ),
+        RustlsError::AlertReceived(alert) if is_about_certificates(alert) => Error::new(
+            ErrorKind::Tls,
+            format!("The peer refused our certificate (alert {}).", name(alert)),
+            "Likely cause: our certificate expired, or the peer has no bundle of our trust domain or expects another identity. \
+             Compare our SPIFFE ID with what the peer is configured to accept, and both bundles.",
+        ),
+        RustlsError::AlertReceived(alert) => Error::new(
+            ErrorKind::Tls,
+            format!("The peer ended the TLS connection with the alert {}.", name(alert)),
+            "Look at the peer's log: it knows the reason.",
+        ),
+        RustlsError::InvalidMessage(_) if !is_open => Error::new(
+            ErrorKind::Tls,
+            "The peer does not speak TLS.",
+            "Likely cause: it listens without TLS (mode observe) while we are to use mTLS. Set one mode on both sides, or \
+             permissive on the peer while you move.",
+        ),
+        RustlsError::PeerIncompatible(_) | RustlsError::NoApplicationProtocol => Error::new(
+            ErrorKind::Tls,
+            format!("The peer and we have no TLS parameters in common: {error}."),
+            "Likely cause: it allows only versions below TLS 1.2, or another application protocol than HTTP/1.1.",
+        ),
+        other => Error::new(
+            ErrorKind::Tls,
+            format!("The TLS connection failed: {other}."),
+            "Likely cause: damaged bytes or a faulty peer. The connection is closed; if it happens again, look at the peer's log.",
+        ),
+    }
+}
+
+fn refused(refusal: &Refusal) -> Error {
+    let hint = match refusal {
+        Refusal::WrongIdentity { .. } => {
+            "Likely cause: discovery gives the address of another service, or the service's identity in the configuration is not the \
+             one that was issued. Nothing was sent."
+        }
+        Refusal::NoBundle { .. } | Refusal::Chain(webpki::Error::UnknownIssuer) => {
+            "Likely cause: it belongs to another mesh, or its CA was rotated and our bundle is older. Compare the bundles of both \
+             sides."
+        }
+        Refusal::Expired | Refusal::NotYetValid => {
+            "Likely cause: its rotation has stopped, or one of the two clocks is wrong. Check the peer's identity and both clocks."
+        }
+        Refusal::NotAnSvid(_) | Refusal::TooLong(_) | Refusal::Intermediate(_) | Refusal::Chain(_) => {
+            "Likely cause: it was not issued for the mesh. A peer needs an X509-SVID from a CA in our bundles."
+        }
+    };
+    Error::new(ErrorKind::PeerIdentity, format!("The peer did not prove its identity: {refusal}."), hint)
+}
+
+fn is_about_certificates(alert: AlertDescription) -> bool {
+    matches!(
+        alert,
+        AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::CertificateRequired
+            | AlertDescription::UnknownCA
+            | AlertDescription::AccessDenied
+            | AlertDescription::NoCertificate
+    )
+}
+
+fn name(alert: AlertDescription) -> String {
+    alert.as_str().map_or_else(|| format!("{alert:?}"), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests;
