@@ -1,0 +1,75 @@
+"""meshlib: a service mesh inside the Python process. How does a request go?
+
+    outbound   observe > route > retry > [ balance > admit > secure > send ]     [ ] = once per attempt
+    inbound    observe > secure > admit > route > handle
+    beside     discover feeds route and balance; a request never waits for it after the first answer
+
+The order is the nesting. These words are the folders, the Rust modules, the sections of mesh.yaml and the prefixes of the
+metrics. Start with `Mesh.load("mesh.yaml")`; everything else hangs on the `Mesh`. Importing this package starts no thread and
+loads neither pydantic, httpx nor grpc: they come when they are used.
+"""
+
+from __future__ import annotations
+
+from ._native import EXPECTED as __version__
+from .call import Call, Peer, current_call, deadline, peer, remaining
+from .errors import (
+    AttemptFailed,
+    AttemptTimeout,
+    CircuitOpen,
+    ConfigError,
+    ConnectFailed,
+    ConnectionLost,
+    DeadlineExceeded,
+    Denied,
+    IdentityError,
+    KeyFileError,
+    LimitExceeded,
+    ListenError,
+    MeshError,
+    NoEndpoint,
+    NoRoute,
+    PeerIdentityError,
+    Problem,
+    ProtocolError,
+    RateLimited,
+    Refused,
+    TlsError,
+    TrustDomainError,
+    UnknownService,
+)
+from .mesh import Mesh
+
+__all__ = [
+    "AttemptFailed",
+    "AttemptTimeout",
+    "Call",
+    "CircuitOpen",
+    "ConfigError",
+    "ConnectFailed",
+    "ConnectionLost",
+    "DeadlineExceeded",
+    "Denied",
+    "IdentityError",
+    "KeyFileError",
+    "LimitExceeded",
+    "ListenError",
+    "Mesh",
+    "MeshError",
+    "NoEndpoint",
+    "NoRoute",
+    "Peer",
+    "PeerIdentityError",
+    "Problem",
+    "ProtocolError",
+    "RateLimited",
+    "Refused",
+    "TlsError",
+    "TrustDomainError",
+    "UnknownService",
+    "__version__",
+    "current_call",
+    "deadline",
+    "peer",
+    "remaining",
+]

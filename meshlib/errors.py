@@ -1,0 +1,183 @@
+"""What can go wrong, and what may be done about it?
+
+    MeshError                      every error of the mesh; has .reason (stable word), .hint (what to do)
+    ├── ConfigError                the configuration can't be used; .problems holds all of them
+    ├── IdentityError              who we are can't be proved (key, certificate, bundle)
+    │   ├── KeyFileError           a key or certificate file is missing, unreadable or open to others
+    │   └── TrustDomainError       a certificate of another trust domain
+    ├── ListenError                an address can't be listened on
+    ├── Refused                    the mesh said no before anything was sent
+    │   ├── UnknownService         no Service of that name
+    │   ├── NoRoute                the Service has no route for this call
+    │   ├── NoEndpoint             nowhere to send it
+    │   ├── CircuitOpen            every endpoint is ejected (also a pybreaker.CircuitBreakerError)
+    │   ├── LimitExceeded          too many calls in flight
+    │   ├── RateLimited            too many calls in a time
+    │   └── Denied                 not allowed; .rule names what refused it
+    ├── DeadlineExceeded           the Call's time is spent
+    └── AttemptFailed              the last attempt failed, and it was not safe or not affordable to try again
+        ├── ConnectFailed          no connection: refused, unreachable, timed out
+        ├── PeerIdentityError      the other side did not prove the identity that we expect
+        ├── TlsError               the TLS layer failed for another reason
+        ├── ConnectionLost         the connection broke after the request was (partly) written
+        ├── AttemptTimeout         the endpoint was too slow
+        └── ProtocolError          the other side does not speak correct HTTP
+
+The text says what happened, the likely cause and what to do; programs read attributes. Exceptions are defined here and raised
+from Rust too. This module imports nothing of meshlib, so that everything may import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pybreaker import CircuitBreakerError
+
+
+class MeshError(Exception):
+    """Base of everything that meshlib raises on purpose.
+
+    `reason` is a stable word such as ``balance.no_endpoints`` for programs, `hint` says what to do, `call` is the
+    `meshlib.Call` that failed, where there is one.
+    """
+
+    reason: str = "mesh.error"
+
+    def __init__(self, message: str = "", *, hint: str = "", reason: str | None = None, call: Any = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.call = call
+        if reason is not None:
+            self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip() if self.hint else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake in a configuration: where it stands, what is wrong, what is allowed."""
+
+    file: str
+    line: int
+    key: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.file}:{self.line}: {self.key}: {self.message}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class ConfigError(MeshError):
+    """The configuration can't be used. All its mistakes are in `problems`, and one line each in the text."""
+
+    reason = "config.invalid"
+
+    def __init__(self, problems: list[Problem] | str, *, hint: str = "") -> None:
+        if isinstance(problems, str):
+            super().__init__(problems, hint=hint)
+            self.problems: list[Problem] = []
+        else:
+            super().__init__("\n".join(str(problem) for problem in problems), hint=hint)
+            self.problems = problems
+
+
+class IdentityError(MeshError):
+    reason = "secure.identity"
+
+
+class KeyFileError(IdentityError):
+    reason = "secure.key_file"
+
+
+class TrustDomainError(IdentityError):
+    reason = "secure.trust_domain"
+
+
+class ListenError(MeshError):
+    reason = "server.listen"
+
+
+class Refused(MeshError):
+    """The mesh refused the call before anything was sent: it's safe to try again later."""
+
+    reason = "mesh.refused"
+
+
+class UnknownService(Refused):
+    reason = "route.unknown_service"
+
+
+class NoRoute(Refused):
+    reason = "route.none"
+
+
+class NoEndpoint(Refused):
+    reason = "balance.no_endpoints"
+
+
+class CircuitOpen(Refused, CircuitBreakerError):
+    reason = "admit.breaker_open"
+
+
+class LimitExceeded(Refused):
+    reason = "admit.limit"
+
+
+class RateLimited(Refused):
+    reason = "admit.rate"
+
+
+class Denied(Refused):
+    """Not allowed. `rule` names the rule that decided, or says that none allowed it."""
+
+    reason = "secure.denied"
+
+    def __init__(self, message: str = "", *, rule: str = "", hint: str = "", call: Any = None) -> None:
+        super().__init__(message, hint=hint, call=call)
+        self.rule = rule
+
+
+class DeadlineExceeded(MeshError, TimeoutError):
+    """The call's time is spent; `elapsed` is in seconds."""
+
+    reason = "deadline.exceeded"
+
+
+class AttemptFailed(MeshError):
+    """The last attempt failed. `is_written` tells whether a byte of the request may have reached the endpoint."""
+
+    reason = "send.failed"
+
+    def __init__(
+        self, message: str = "", *, hint: str = "", reason: str | None = None, call: Any = None, is_written: bool = False
+    ) -> None:
+        super().__init__(message, hint=hint, reason=reason, call=call)
+        self.is_written = is_written
+
+
+class ConnectFailed(AttemptFailed):
+    reason = "send.connect"
+
+
+class PeerIdentityError(AttemptFailed):
+    reason = "secure.peer_identity"
+
+
+class TlsError(AttemptFailed):
+    reason = "secure.tls"
+
+
+class ConnectionLost(AttemptFailed):
+    reason = "send.closed"
+
+
+class AttemptTimeout(AttemptFailed, TimeoutError):
+    reason = "send.timeout"
+
+
+class ProtocolError(AttemptFailed):
+    reason = "send.protocol"
