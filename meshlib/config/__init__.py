@@ -1,0 +1,29 @@
+"""What did the user write, and what follows from it?
+
+    mesh.yaml ─ text ─ document ─ vet ─ policy ─ plan
+                lines  types      the whole  filled in  JSON for the core
+
+`load` gives the `Config` of this process or raises ConfigError with every mistake at once. Every default of meshlib
+is in `defaults`, with its range and its reason. This is the only package that imports pydantic and PyYAML, so
+`import meshlib` leaves it alone until a configuration is loaded. It opens no sockets, reads no keys and starts
+nothing.
+"""
+
+from __future__ import annotations
+
+from .load import examine, load, read_endpoints
+from .policy import Config, RoutePolicy, RulePolicy, ServicePolicy
+from .schema import json_schema
+from .values import DEV_TRUST_DOMAIN
+
+__all__ = [
+    "DEV_TRUST_DOMAIN",
+    "Config",
+    "RoutePolicy",
+    "RulePolicy",
+    "ServicePolicy",
+    "examine",
+    "json_schema",
+    "load",
+    "read_endpoints",
+]

@@ -1,0 +1,161 @@
+"""What does meshlib do when the configuration says nothing, and why?
+
+One table, one row for each default: its key in mesh.yaml, its value, unit and range, the reason, and whose
+experience stands behind it. The models take value and range from here (`setting`), so that a default exists once,
+and an error message and the JSON Schema can tell the reason too. Rust has no defaults at all: every field of a plan
+is written out.
+
+What has no sensible default has no row: the mesh's name, `secure.mode`, the services.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import Field
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """One default. `least` and `most` bound the value, and each item of a list; None where a range makes no sense."""
+
+    name: str
+    value: Any
+    unit: str
+    least: float | None
+    most: float | None
+    source: str
+    reason: str
+
+    @property
+    def span(self) -> str:
+        """The range in words, "" where there is none."""
+        if self.least is None or self.most is None:
+            return ""
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.least:g} to {self.most:g}{unit}"
+
+
+# fmt: off
+_ROWS: Final = (
+    # name, value, unit, least, most, as in, and the reason
+    # ------------------------------------------------------------------------------------------------ the system
+    Default("egress", "allow", "", None, None, "Istio",
+            "calls to hosts that are no service are reported, not broken, until you say so"),
+    Default("deadline", 15.0, "s", 0.001, 3600, "Envoy",
+            "a call without an end holds its resources for ever; it travels to the next hop"),
+    Default("protocol", "http", "", None, None, "",
+            "most services speak HTTP/1.1"),
+    # ------------------------------------------------------------------------------------------------ secure
+    Default("secure.namespace", "default", "", None, None, "Istio",
+            "the path of SPIFFE IDs follows Istio and SPIRE: /ns/<namespace>/sa/<service>"),
+    Default("secure.paths", "canonical", "", None, None, "RFC 3986",
+            "other spellings of a path are put into one form; `strict` refuses them"),
+    Default("secure.dry_run", False, "", None, None, "Envoy",
+            "a rule counts; set it to see first whom it would refuse"),
+    # ------------------------------------------------------------------------------------------------ observe
+    Default("observe.metrics", None, "", None, None, "",
+            "no port is opened that nobody asked for"),
+    Default("observe.sample", 1.0, "", 0, 1, "OpenTelemetry",
+            "all new traces: a caller's own decision (traceparent) wins anyway"),
+    # ------------------------------------------------------------------------------------------------ discover
+    Default("discover.every", 5.0, "s", 1, 3600, "Envoy",
+            "how often DNS is asked; it must not outlive a rollout step"),
+    Default("discover.weight", 1.0, "", 0, 1000, "",
+            "all endpoints alike; 0 takes no traffic"),
+    Default("discover.zone", "", "", None, None, "",
+            "one zone for all"),
+    # ------------------------------------------------------------------------------------------------ route
+    Default("route.weight", 1, "", 0, 1_000_000, "Gateway API",
+            "all backends alike; 0 takes no traffic"),
+    # ------------------------------------------------------------------------------------------------ retry
+    Default("retry.attempts", 1, "retries", 0, 5, "Envoy",
+            "one retry on another endpoint hides a lost process; more multiply an outage"),
+    Default("retry.backoff", (0.025, 0.25), "s", 0.001, 60, "Envoy",
+            "full jitter from 25 ms, doubled, at most 250 ms: no herd returns at once"),
+    Default("retry.statuses", (502, 503, 504), "", 500, 599, "Envoy",
+            "answers of an endpoint that can't serve now; only calls that are safe to repeat"),
+    Default("retry.idempotency_key", False, "", None, None, "IETF draft",
+            "an Idempotency-Key makes a POST safe only if the service honours it"),
+    Default("retry.idempotent", False, "", None, None, "Envoy #2747",
+            "only the service's author knows that a route may be called twice"),
+    Default("retry.budget.ratio", 0.2, "", 0, 1, "Finagle",
+            "retries add at most a fifth to the load, so that they never become the outage"),
+    Default("retry.budget.per_second", 10.0, "retries/s", 0, 10_000, "Finagle",
+            "a service with few calls may retry too"),
+    Default("retry.budget.window", 10.0, "s", 1, 60, "Finagle",
+            "what was saved up longer ago says nothing about now"),
+    # ------------------------------------------------------------------------------------------------ balance
+    Default("balance.policy", "peak_ewma", "", None, None, "Finagle, Linkerd",
+            "the faster of two drawn at random: follows latency without herding"),
+    Default("balance.decay", 10.0, "s", 0.001, 600, "Linkerd",
+            "how long a peak of latency is remembered"),
+    Default("balance.start", 0.03, "s", 0.001, 60, "Linkerd",
+            "a new endpoint is neither free nor slow"),
+    Default("balance.penalty", 5.0, "s", 0, 300, "Linkerd",
+            "a failure counts as slow, or fast failures would draw the traffic"),
+    Default("balance.panic", 0.5, "", 0, 1, "Envoy",
+            "below this share of healthy endpoints all are used: the few left would drown"),
+    # ------------------------------------------------------------------------------------------------ admit
+    Default("admit.in_flight", 1024, "calls", 1, 1_000_000, "Envoy",
+            "calls at once for each service and process; more is refused, not queued"),
+    Default("admit.connect", 1.0, "s", 0.01, 60, "Linkerd",
+            "inside a data centre a connect takes a millisecond, or fails"),
+    Default("admit.breaker.failures", 5, "failures", 1, 1000, "Envoy, Finagle",
+            "in a row: reacts at once to an outage"),
+    Default("admit.breaker.success_rate", 0.8, "", 0, 1, "Linkerd, Finagle",
+            "sees the endpoint that fails by halves, which a row never sees"),
+    Default("admit.breaker.window", 10.0, "s", 1, 600, "Linkerd",
+            "the time over which success is counted"),
+    Default("admit.breaker.minimum_calls", 5, "calls", 1, 100_000, "Linkerd",
+            "fewer calls in the window say nothing about a rate"),
+    Default("admit.breaker.open", (1.0, 60.0), "s", 0.01, 3600, "Linkerd",
+            "closed for 1 s, doubled with jitter up to 60 s, then one probe"),
+    Default("admit.breaker.max_ejected", 0.5, "", 0, 1, "meshlib",
+            "at most half, never the last: Envoy's 10 % protects nothing with 3 endpoints"),
+)
+# fmt: on
+
+TABLE: Final[dict[str, Default]] = {row.name: row for row in _ROWS}
+
+
+def setting(name: str) -> Any:
+    """The pydantic field of a row: default, range and reason. For a list, `values.span` checks the range."""
+    row = TABLE[name]
+    return Field(default=row.value, **_limits(row), json_schema_extra=_extra(row))
+
+
+def override(name: str, whose: str) -> Any:
+    """The field of a more special place that may say otherwise: no default, the same range."""
+    row = TABLE[name]
+    described = {**_limits(row), "description": f"Over the {whose}'s."}
+    return Field(default=None, **described, json_schema_extra=_extra(row))
+
+
+DURATION: Final = r"[0-9]+(\.[0-9]+)? ?(ms|s|m|h)"
+
+
+def _limits(row: Default) -> dict[str, Any]:
+    is_list = isinstance(row.value, tuple)
+    return {
+        "ge": None if is_list else row.least,
+        "le": None if is_list else row.most,
+        "description": f"{row.reason[0].upper()}{row.reason[1:]}." + (f" As in {row.source}." if row.source else ""),
+    }
+
+
+def _extra(row: Default) -> dict[str, Any]:
+    """What pydantic can't tell a JSON Schema by itself: the row, and the two ways in which durations are written."""
+    extra: dict[str, Any] = {"x-default-of": row.name}
+    if row.unit:
+        extra["x-unit"] = row.unit
+    item: dict[str, Any] = {"minimum": row.least, "maximum": row.most}
+    if row.unit == "s":
+        item = {"anyOf": [{"type": "number", **item}, {"type": "string", "pattern": f"^{DURATION}$"}]}
+    if isinstance(row.value, tuple):
+        # A pair of durations, or a list of any length.
+        extra.update({"prefixItems": [item, item]} if row.unit == "s" else {"items": {"type": "integer", **item}})
+    elif row.unit == "s":
+        extra.update(item)
+    return extra

@@ -1,0 +1,264 @@
+"""What may a user write in mesh.yaml?
+
+The whole file as types, one class for each section, in the order in which a person reads it. The classes say what is
+allowed and nothing else: defaults and ranges come from `defaults.py`, single values from `values.py`, what depends
+on other sections is checked in `vet.py`, and what finally counts for a service (override over service over system)
+is computed in `policy.py`.
+
+Unknown keys are mistakes, because in a policy a mistyped key is a hole. A number is never read from a string, nor a
+word from a number: strictness costs a pair of quotes, and saves the version "1.10" from becoming 1.1.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from .defaults import override, setting
+from .values import (
+    Caller,
+    EndpointAddress,
+    HeaderName,
+    Label,
+    ListenAddress,
+    Method,
+    Name,
+    Namespace,
+    Pair,
+    RoutePath,
+    RulePath,
+    Seconds,
+    SpiffeId,
+    Template,
+    Title,
+    TrustDomain,
+    span,
+)
+
+Mode = Literal["observe", "permissive", "enforce"]
+
+
+class Section(BaseModel):
+    """A mapping of the file: frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------- retry, balance, admit: for all or for a service
+
+
+class RetryRules(Section):
+    """When a call is tried again. Only safe calls are: nothing was written, or the call is idempotent."""
+
+    attempts: int = setting("retry.attempts")
+    backoff: Annotated[Pair, span("retry.backoff")] = setting("retry.backoff")
+    statuses: Annotated[tuple[int, ...], span("retry.statuses")] = setting("retry.statuses")
+    idempotency_key: bool = setting("retry.idempotency_key")
+
+
+class RouteRetry(RetryRules):
+    """Retries of a route. Only of a route can it be said that all calls are idempotent, never of everything."""
+
+    idempotent: bool = setting("retry.idempotent")
+
+
+class Budget(Section):
+    """What all retries of a service together may add to its load."""
+
+    ratio: float = setting("retry.budget.ratio")
+    per_second: float = setting("retry.budget.per_second")
+    window: Seconds = setting("retry.budget.window")
+
+
+class Retry(RetryRules):
+    """Retries of a service: as for a route, and the budget that its routes share."""
+
+    budget: Budget = Field(default_factory=Budget, description="What retries may add to the load of a service.")
+
+
+class Balance(Section):
+    """Which endpoint takes a call."""
+
+    policy: Literal["peak_ewma", "round_robin"] = setting("balance.policy")
+    decay: Seconds = setting("balance.decay")
+    start: Seconds = setting("balance.start")
+    penalty: Seconds = setting("balance.penalty")
+    panic: float = setting("balance.panic")
+
+
+class Breaker(Section):
+    """When an endpoint is ejected, and for how long."""
+
+    failures: int = setting("admit.breaker.failures")
+    success_rate: float = setting("admit.breaker.success_rate")
+    window: Seconds = setting("admit.breaker.window")
+    minimum_calls: int = setting("admit.breaker.minimum_calls")
+    open: Annotated[Pair, span("admit.breaker.open")] = setting("admit.breaker.open")
+    max_ejected: float = setting("admit.breaker.max_ejected")
+
+
+class Admit(Section):
+    """How many calls may be under way, and to which endpoints none may go."""
+
+    in_flight: int = setting("admit.in_flight")
+    connect: Seconds = setting("admit.connect")
+    breaker: Breaker = Field(default_factory=Breaker, description="When an endpoint is ejected, and for how long.")
+
+
+# ---------------------------------------------------------------- secure
+
+
+class IdentityFolder(Section):
+    """Where this process's certificate, key and trust bundle are: <folder>/<service>/{svid.pem,key.pem,bundle.pem}."""
+
+    folder: str = Field(min_length=1, description="A folder, relative to this file.")
+
+
+class Secure(Section):
+    """Who is trusted, and how much of it is enforced."""
+
+    mode: Mode = Field(description="observe reports, permissive uses mTLS where the peer can, enforce demands it. No default.")
+    trust_domain: TrustDomain | None = Field(
+        default=None, description='The domain of all SPIFFE IDs. Default: "<mesh>.internal".'
+    )
+    namespace: Namespace = setting("secure.namespace")
+    identity: IdentityFolder | None = Field(default=None, description="Needed unless the mode is observe everywhere.")
+    paths: Literal["canonical", "strict"] = setting("secure.paths")
+
+
+class Rule(Section):
+    """Which calls a rule speaks of: all conditions hold at once, one entry of each list is enough."""
+
+    name: Title | None = Field(default=None, description='In logs and refusals. Default: "<service>/allow/<index>".')
+    from_: tuple[Caller, ...] = Field(
+        alias="from", min_length=1, description='Services, SPIFFE IDs (a * at the end = any rest) or "*" (anyone).'
+    )
+    methods: tuple[Method, ...] = Field(default=(), description="HTTP methods; none means all.")
+    paths: tuple[RulePath, ...] = Field(default=(), description="Exact, with a * at the end, or templates; none means all.")
+    dry_run: bool = setting("secure.dry_run")
+
+
+class ServiceSecure(Section):
+    """What is different for this service's own listener, and who may call it."""
+
+    mode: Mode | None = Field(default=None, description="Instead of the system's mode, for calls to this service.")
+    allow: tuple[Rule, ...] = Field(default=(), description="In mode enforce, what no rule allows is denied.")
+    deny: tuple[Rule, ...] = Field(default=(), description="Wins over allow.")
+
+
+# ---------------------------------------------------------------- observe
+
+
+class Observe(Section):
+    """What is told about calls, and where."""
+
+    metrics: ListenAddress | None = setting("observe.metrics")
+    sample: float = setting("observe.sample")
+
+
+# ---------------------------------------------------------------- discover
+
+
+def _from_address(value: Any) -> Any:
+    return {"address": value} if isinstance(value, str) else value
+
+
+class EndpointSettings(Section):
+    """One endpoint with what is special about it."""
+
+    address: EndpointAddress = Field(description="host:port")
+    labels: dict[str, Label] = Field(default_factory=dict, description="What backends select by, such as {version: v2}.")
+    zone: str = setting("discover.zone")
+    weight: float = setting("discover.weight")
+    identity: SpiffeId | None = Field(default=None, description="Another SPIFFE ID than the service's.")
+
+
+Endpoint = Annotated[EndpointSettings, BeforeValidator(_from_address, json_schema_input_type=EndpointSettings | str)]
+
+
+class Discover(Section):
+    """Where the endpoints of a service are: exactly one of `static`, `file`, `dns`."""
+
+    static: tuple[Endpoint, ...] | None = Field(default=None, min_length=1, description="The endpoints, written here.")
+    file: str | None = Field(default=None, min_length=1, description="A YAML list of endpoints, watched; relative to this file.")
+    dns: EndpointAddress | None = Field(default=None, description="A name and port; all its addresses are endpoints.")
+    every: Seconds = setting("discover.every")
+
+
+# ---------------------------------------------------------------- route
+
+
+class PathMatch(Section):
+    """Exactly one of the three."""
+
+    exact: RoutePath | None = Field(default=None, description="This very path.")
+    prefix: RoutePath | None = Field(default=None, description="This path and everything under it, by whole segments.")
+    template: Template | None = Field(default=None, description="Segments with variables: /items/{id}.")
+
+
+class HeaderMatch(Section):
+    """A header, and exactly one condition on it."""
+
+    name: HeaderName
+    exact: str | None = Field(default=None, description="The whole value.")
+    prefix: str | None = Field(default=None, min_length=1, description="The beginning of the value.")
+    present: Literal[True] | None = Field(default=None, description="The header is there, whatever it says.")
+
+
+class Match(Section):
+    """Which calls a route takes: all conditions hold at once."""
+
+    path: PathMatch | None = None
+    methods: tuple[Method, ...] = Field(default=(), description="HTTP methods; none means all.")
+    headers: tuple[HeaderMatch, ...] = ()
+
+
+class Backend(Section):
+    """Those endpoints of the service that carry all these labels, and their share."""
+
+    labels: dict[str, Label] = Field(default_factory=dict, description="None means all endpoints.")
+    weight: int = setting("route.weight")
+
+
+class Route(Section):
+    """The first route that matches takes the call."""
+
+    name: Title | None = Field(default=None, description='In logs and metrics. Default: "<service>/<index>".')
+    match: Match = Field(default_factory=Match, description="Nothing means every call.")
+    backends: tuple[Backend, ...] = Field(default=(), description="Nothing means all endpoints.")
+    retry: RouteRetry | None = Field(default=None, description="Over the service's.")
+    deadline: Seconds | None = override("deadline", "service")
+
+
+# ---------------------------------------------------------------- the whole
+
+
+class Service(Section):
+    """One service: what its callers need to reach it, and what its own process needs to be it."""
+
+    listen: ListenAddress | None = Field(default=None, description="Where `meshlib serve` listens.")
+    protocol: Literal["http", "grpc"] = setting("protocol")
+    identity: SpiffeId | None = Field(default=None, description="Default: spiffe://<trust domain>/ns/<namespace>/sa/<service>.")
+    discover: Discover | None = Field(default=None, description="Where it is. Nothing means that nobody calls it.")
+    route: tuple[Route, ...] = Field(default=(), description="Nothing means one route for everything.")
+    retry: Retry | None = Field(default=None, description="Over the system's.")
+    balance: Balance | None = Field(default=None, description="Over the system's.")
+    admit: Admit | None = Field(default=None, description="Over the system's.")
+    deadline: Seconds | None = override("deadline", "system")
+    secure: ServiceSecure = Field(default_factory=ServiceSecure)
+    observe: Observe | None = Field(default=None, description="Over the system's, for this service's own processes.")
+
+
+class Document(Section):
+    """mesh.yaml: one file for a whole system."""
+
+    mesh: Name = Field(description="The name of the system.")
+    secure: Secure
+    observe: Observe = Field(default_factory=Observe)
+    egress: Literal["allow", "deny"] = setting("egress")
+    deadline: Seconds = setting("deadline")
+    retry: Retry = Field(default_factory=Retry)
+    balance: Balance = Field(default_factory=Balance)
+    admit: Admit = Field(default_factory=Admit)
+    services: dict[Name, Service] = Field(min_length=1, description="By the name that callers use as host: http://orders/…")

@@ -1,0 +1,147 @@
+"""How does a file become a configuration?
+
+Read, parse, check the types, check the whole, fill in: each step notes its mistakes, and only a file without any
+becomes a `Config`. All mistakes are told at once. Nothing is loaded in part, and nothing is guessed: which file and
+which service are named by the caller or by the environment, and the only guess is a service that is the only one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from meshlib.errors import ConfigError, Problem
+
+from . import problems, vet, warn
+from .document import Document, Endpoint, EndpointSettings, IdentityFolder
+from .policy import Config, Names, ServicePolicy, resolve
+from .text import Text, parse
+from .values import near, some
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A file without mistakes, before it is known which service this process is."""
+
+    file: Path
+    text: Text
+    source: str
+    document: Document
+    names: Names
+    services: dict[str, ServicePolicy]
+    dev_folder: Path | None
+    warnings: tuple[Problem, ...]
+
+
+def load(source: str | os.PathLike[str] | None = None, *, service: str | None = None) -> Config:
+    """The configuration of this process.
+
+    `source` is a file; without it $MESHLIB_CONFIG, then ./mesh.yaml. `service` says which service this process is;
+    without it $MESHLIB_SERVICE, then the only one there is. Raises ConfigError with all problems.
+    """
+    examined = examine(source)
+    name = service or os.environ.get("MESHLIB_SERVICE") or None
+    known = list(examined.services)
+    if name is None and len(known) == 1:
+        name = known[0]
+    if name is None or name not in examined.services:
+        key = "service" if service else "MESHLIB_SERVICE"
+        line = examined.text.line_of(("services",))
+        message = f"{name!r} is no service of this file" if name else "not set, so it is unknown which service this process is"
+        hint = f"{near(name, known) if name else ''}one of {some(known)}"
+        raise ConfigError([Problem(str(examined.file), line, key, message, hint)])
+    document, secure = examined.document, examined.document.secure
+    folder = examined.dev_folder
+    if folder is None and secure.identity is not None:
+        folder = (examined.file.parent / secure.identity.folder).absolute()
+    identity = None if folder is None else IdentityFolder(folder=str(folder))
+    own = examined.services[name]
+    return Config(
+        name=document.mesh,
+        file=examined.file,
+        service=name,
+        secure=secure.model_copy(update={"trust_domain": examined.names.trust_domain, "identity": identity}),
+        observe=own.observe,
+        services=MappingProxyType(examined.services),
+        trust_domain=examined.names.trust_domain,
+        egress=document.egress,
+        deadline=document.deadline,
+        identity_folder=folder,
+        is_dev=examined.dev_folder is not None,
+        source=examined.source,
+        warnings=examined.warnings,
+    )
+
+
+def examine(source: str | os.PathLike[str] | None = None) -> Examined:
+    """Read and check a file, without asking which service this process is. Raises ConfigError with all problems."""
+    file = Path(source if source is not None else os.environ.get("MESHLIB_CONFIG") or "mesh.yaml")
+    content = _read(file, is_named=source is not None or bool(os.environ.get("MESHLIB_CONFIG")))
+    dev = os.environ.get("MESHLIB_DEV") or None
+    text = parse(content, str(file))
+    document: Document | None = None
+    if text.value is None and not text.problems:
+        text.refuse((), "the file is empty", "`meshlib init` writes one to begin with")
+    elif text.value is not None and not isinstance(text.value, dict):
+        text.refuse((), f"must be a mapping, not {problems.shown(text.value)}", "mesh: …, secure: …, services: …")
+    elif text.value is not None:
+        try:
+            document = Document.model_validate(text.value)
+        except ValidationError as error:
+            problems.note(text, error)
+        vet.check(text, is_dev=dev is not None)
+    if text.problems or document is None:
+        raise ConfigError(sorted(text.problems, key=lambda problem: problem.line))
+    names = Names(document, is_dev=dev is not None)
+    services = resolve(document, names)
+    return Examined(
+        file=file.absolute(),
+        text=text,
+        source=hashlib.sha256(content.encode()).hexdigest(),
+        document=document,
+        names=names,
+        services=services,
+        dev_folder=None if dev is None else Path(dev).absolute(),
+        warnings=tuple(warn.warnings(text, file.parent, services).problems),
+    )
+
+
+def read_endpoints(source: str | os.PathLike[str]) -> tuple[EndpointSettings, ...]:
+    """The endpoints of a file that `discover: {file: …}` names: a YAML list as under `static`. Raises ConfigError."""
+    file = Path(source)
+    text = parse(_read(file, is_named=True), str(file))
+    found: tuple[EndpointSettings, ...] = ()
+    if not text.problems:
+        value: Any = () if text.value is None else text.value
+        try:
+            found = TypeAdapter(tuple[Endpoint, ...]).validate_python(value)
+        except ValidationError as error:
+            problems.note(text, error, tuple[Endpoint, ...])
+    addresses = [endpoint.address for endpoint in found]
+    for index, address in enumerate(addresses):
+        if address in addresses[:index]:
+            text.refuse((index,), f"{address} stands here twice", "one entry for each address; `weight` gives it more")
+    if text.problems:
+        raise ConfigError(text.problems)
+    return found
+
+
+def _read(file: Path, *, is_named: bool) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError([Problem(str(file), line, "(file)", "is not UTF-8 text", "save it as UTF-8")]) from None
+    except FileNotFoundError:
+        hint = "check the path" if is_named else "`meshlib init` writes one; or name yours in MESHLIB_CONFIG"
+        raise ConfigError([Problem(str(file), 1, "(file)", "is not there", hint)]) from None
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        hint = "a file that this user may read"
+        raise ConfigError([Problem(str(file), 1, "(file)", f"can't be read: {reason}", hint)]) from None

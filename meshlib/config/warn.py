@@ -1,0 +1,123 @@
+"""Which settings are allowed, but do nothing or more than one may think?
+
+Warnings never stop anything: `meshlib vet` prints them beside a configuration that can be used. They are about policies
+filled in, so that a setting that was inherited is seen like one that was written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path as File
+from typing import Final
+
+from .policy import ServicePolicy
+from .text import Path, Text
+from .values import some
+
+# Certificates of such identities carry a DNS name, too, and that is all that gRPC can compare.
+_DNS_FORM: Final = re.compile(r"^spiffe://[^/]+/ns/[^/]+/sa/[^/]+$")
+
+
+def warnings(text: Text, folder: File, services: Mapping[str, ServicePolicy]) -> Text:
+    """What is allowed, but does nothing or more than one may think; as problems of a text of its own."""
+    found = Text(text.file, lines=text.lines)
+    _warn_modes(found, services)
+    _warn_identities(found, services)
+    for service in services.values():
+        at: Path = ("services", service.name)
+        _warn_secure(found, at, service)
+        _warn_routes(found, at, service)
+        discover = service.discover
+        if discover is not None and discover.file is not None and not (folder / discover.file).exists():
+            found.refuse((*at, "discover", "file"), f"{discover.file} is not there", "the service has no endpoints until it is")
+        budget = service.retry.budget
+        if budget.ratio == 0 and budget.per_second == 0 and any(route.retry.attempts for route in service.routes):
+            found.refuse((*at, "retry"), "retries are on, but their budget is 0", "ratio or per_second above 0; or attempts: 0")
+    return found
+
+
+def _warn_modes(found: Text, services: Mapping[str, ServicePolicy]) -> None:
+    """One warning for each place where a mode is written, not one for each service that follows it."""
+    meanings = {
+        "observe": ("observe: calls are plain text, and rules refuse nobody", "permissive is the next step"),
+        "permissive": (
+            "permissive: callers without identity are served, and rules refuse nobody",
+            "enforce is the last step",
+        ),
+    }
+    for mode, (message, hint) in meanings.items():
+        places: dict[Path, list[str]] = {}
+        for service in services.values():
+            own: Path = ("services", service.name, "secure", "mode")
+            if service.mode == mode:
+                places.setdefault(own if own in found.lines else ("secure", "mode"), []).append(service.name)
+        for place, names in places.items():
+            found.refuse(place, f"{message}: {some(names)}", hint)
+
+
+def _warn_identities(found: Text, services: Mapping[str, ServicePolicy]) -> None:
+    owners: dict[str, ServicePolicy] = {}
+    for service in services.values():
+        owner = owners.setdefault(service.identity, service)
+        if owner is not service:
+            place: Path = ("services", service.name, "identity")
+            found.refuse(place, f"{service.identity} is the identity of {owner.name}, too", "rules can't tell the two apart")
+        if service.protocol == "grpc" and service.mode != "observe" and not _DNS_FORM.match(service.identity):
+            message = f"{service.identity} can't be checked by a gRPC channel, which knows DNS names only"
+            found.refuse(("services", service.name, "identity"), message, "spiffe://<trust domain>/ns/<namespace>/sa/<service>")
+    observing = {service.identity: service.name for service in services.values() if service.mode == "observe"}
+    for service in services.values():
+        if service.mode != "enforce":
+            continue
+        callers = {caller for rule in service.rules if rule.action == "allow" for caller in rule.callers}
+        plain = sorted(observing[caller] for caller in callers if caller in observing)
+        if plain:
+            message = f"enforce, but {some(plain)} (mode observe) calls in plain text and will be refused"
+            found.refuse(("services", service.name, "secure"), message, "permissive here, until all callers are")
+
+
+def _warn_secure(found: Text, at: Path, service: ServicePolicy) -> None:
+    secure: Path = (*at, "secure")
+    allows = [rule for rule in service.rules if rule.action == "allow"]
+    is_served = service.listen is not None or service.discover is not None
+    if service.mode == "enforce" and is_served and not allows:
+        found.refuse((*secure, "allow"), "enforce without a rule that allows anything: every call is denied", "an allow rule")
+    elif service.mode == "enforce" and all(rule.is_dry_run for rule in allows):
+        found.refuse((*secure, "allow"), "enforce, and every allow rule is a dry run: every call is denied", "dry_run: false")
+    counts = {"allow": 0, "deny": 0}
+    for rule in service.rules:
+        place = (*secure, rule.action, counts[rule.action])
+        counts[rule.action] += 1
+        if rule.action == "allow" and "*" in rule.callers and service.mode == "enforce":
+            found.refuse(
+                (*place, "from"),
+                'enforce, and "*" lets everyone in whose certificate is valid, whoever it is',
+                "name the callers",
+            )
+        if rule.action == "allow" and any(caller.endswith("/*") and caller.count("/") == 3 for caller in rule.callers):
+            found.refuse((*place, "from"), "a whole trust domain is allowed", "name the callers")
+        if rule.action == "deny" and rule.paths:
+            hint = "safer: allow the paths that may be called; what no rule allows is denied"
+            found.refuse((*place, "paths"), "DENY by path: a spelling that the application reads differently slips through", hint)
+
+
+def _warn_routes(found: Text, at: Path, service: ServicePolicy) -> None:
+    covering = ""
+    for index, route in enumerate(service.routes):
+        place: Path = (*at, "route", index)
+        if covering:
+            found.refuse(place, f"never reached: the route {covering!r} before it takes every call", "put the wider route last")
+        match = route.match
+        is_all = match.path is None or match.path.prefix == "/"
+        if is_all and not match.methods and not match.headers:
+            covering = covering or route.name
+        unsafe = [method for method in match.methods if method not in ("GET", "HEAD", "OPTIONS")]
+        repeats = route.retry.idempotency_key or route.retry.idempotent
+        is_written = (*place, "retry") in found.lines and route.retry.attempts > 0
+        if is_written and unsafe and len(unsafe) == len(match.methods) and not repeats:
+            hint = "idempotency_key: true if the service honours that header; idempotent: true if all calls may be doubled"
+            message = f"{', '.join(unsafe)} is repeated only if nothing was written, or the caller says it is idempotent"
+            found.refuse((*place, "retry"), message, hint)
+        if service.discover is None and any(backend.labels for backend in route.backends):
+            found.refuse((*place, "backends"), "labels without discover: nobody carries them", "discover: {static: […]}")

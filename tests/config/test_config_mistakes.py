@@ -1,0 +1,745 @@
+"""Is every mistake found, at its line, with what is allowed, and all of them at once?
+
+Each case is a file in which `#!` marks the line where the problem must be reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from meshlib.config import load, read_endpoints
+from meshlib.errors import ConfigError, Problem
+
+HEAD = """\
+mesh: shop
+secure:
+  mode: enforce
+  identity: {folder: ./identities}
+"""
+
+SERVICES = """\
+services:
+  web:
+    listen: 127.0.0.1:8000
+  orders:
+    discover: {static: ["127.0.0.1:8101"]}
+"""
+
+# name: (text, key, part of the message, part of the hint)
+CASES: dict[str, tuple[str, str, str, str]] = {
+    "mode missing": (
+        "mesh: shop\nsecure:  #!\n  identity: {folder: x}\n" + SERVICES,
+        "secure.mode",
+        "is missing",
+        "observe, permissive, enforce",
+    ),
+    "mode mistyped": (
+        "mesh: shop\nsecure:\n  mode: enforced  #!\n  identity: {folder: x}\n" + SERVICES,
+        "secure.mode",
+        "'enforced' is not allowed",
+        "did you mean 'enforce'?",
+    ),
+    "mesh missing": ("secure: {mode: observe}  #!\n" + SERVICES, "mesh", "is missing", "name of the system"),
+    "services missing": (HEAD.replace("shop", "shop  #!"), "services", "is missing", ""),
+    "services empty": (HEAD + "services: {}  #!\n", "services", "is empty", "at least one"),
+    "key mistyped": (HEAD + "egres: allow  #!\n" + SERVICES, "egres", "unknown key", "did you mean 'egress'?"),
+    "key of another system": (
+        HEAD + "timeout: 5  #!\n" + SERVICES,
+        "timeout",
+        "unknown key",
+        "did you mean 'deadline'?",
+    ),
+    "key of a service mistyped": (
+        HEAD + SERVICES + "    protcol: http  #!\n",
+        "services.orders.protcol",
+        "unknown key",
+        "did you mean 'protocol'?",
+    ),
+    "key of a rule mistyped": (
+        HEAD + SERVICES + "    secure: {allow: [{from: ['*'], metods: [GET]}]}  #!\n",
+        "services.orders.secure.allow[0].metods",
+        "unknown key",
+        "did you mean 'methods'?",
+    ),
+    "not a mapping": (HEAD + SERVICES + "    retry: 3  #!\n", "services.orders.retry", "must be a mapping, not 3", ""),
+    "not a list": (
+        HEAD + SERVICES + "    route: {match: {}}  #!\n",
+        "services.orders.route",
+        "must be a list, not a mapping",
+        "",
+    ),
+    "no value": (HEAD + SERVICES + "    admit:  #!\n", "services.orders.admit", "has no value", "leave the key out"),
+    "identity without a value": (
+        "mesh: shop\nsecure:\n  mode: enforce\n  identity:  #!\n" + SERVICES,
+        "secure.identity",
+        "has no value",
+        "",
+    ),
+    "too many retries": (
+        HEAD + SERVICES + "    retry: {attempts: 6}  #!\n",
+        "services.orders.retry.attempts",
+        "6 is out of range",
+        "0 to 5 retries; default 1",
+    ),
+    "retries below 0": (
+        HEAD + "retry: {attempts: -1}  #!\n" + SERVICES,
+        "retry.attempts",
+        "-1 is out of range",
+        "0 to 5",
+    ),
+    "half a retry": (
+        HEAD + "retry: {attempts: 1.5}  #!\n" + SERVICES,
+        "retry.attempts",
+        "must be a whole number, not 1.5",
+        "0 to 5",
+    ),
+    "number in quotes": (
+        HEAD + 'retry: {attempts: "1"}  #!\n' + SERVICES,
+        "retry.attempts",
+        "must be a whole number, not '1'",
+        "0 to 5",
+    ),
+    "yes is a word": (
+        HEAD + "retry: {idempotency_key: yes}  #!\n" + SERVICES,
+        "retry.idempotency_key",
+        "must be true or false, not 'yes'",
+        "default false",
+    ),
+    "status that is none": (
+        HEAD + "retry: {statuses: [503, 200]}  #!\n" + SERVICES,
+        "retry.statuses",
+        "200 is out of range",
+        "500 to 599",
+    ),
+    "backoff turned round": (
+        HEAD + "retry: {backoff: [250ms, 25ms]}  #!\n" + SERVICES,
+        "retry.backoff",
+        "larger than the second",
+        "[least, most]",
+    ),
+    "backoff of one value": (
+        HEAD + "retry: {backoff: [1]}  #!\n" + SERVICES,
+        "retry.backoff[1]",
+        "is missing",
+        "0.001 to 60 s",
+    ),
+    "backoff of three values": (
+        HEAD + "retry: {backoff: [1, 2, 3]}  #!\n" + SERVICES,
+        "retry.backoff",
+        "must be a list of two values",
+        "0.001 to 60 s",
+    ),
+    "backoff out of range": (
+        HEAD + "retry: {backoff: [1, 99]}  #!\n" + SERVICES,
+        "retry.backoff",
+        "99 is out of range",
+        "0.001 to 60 s",
+    ),
+    "budget for a route": (
+        HEAD + SERVICES + "    route: [{retry: {budget: {ratio: 1}}}]  #!\n",
+        "services.orders.route[0].retry.budget",
+        "unknown key",
+        "attempts, backoff",
+    ),
+    "idempotent for a service": (
+        HEAD + SERVICES + "    retry: {idempotent: true}  #!\n",
+        "services.orders.retry.idempotent",
+        "unknown key",
+        "",
+    ),
+    "no duration": (HEAD + "deadline: 5 minutes  #!\n" + SERVICES, "deadline", "is not a duration", "250ms, 2s, 5m"),
+    "duration of nothing": (
+        HEAD + "deadline: 0  #!\n" + SERVICES,
+        "deadline",
+        "0.0 is out of range",
+        "0.001 to 3600 s",
+    ),
+    "duration true": (HEAD + "deadline: true  #!\n" + SERVICES, "deadline", "must be a duration", "250ms"),
+    "policy unknown": (
+        HEAD + "balance: {policy: peak-ewma}  #!\n" + SERVICES,
+        "balance.policy",
+        "'peak-ewma' is not allowed",
+        "did you mean 'peak_ewma'?",
+    ),
+    "share above 1": (HEAD + "observe: {sample: 50}  #!\n" + SERVICES, "observe.sample", "out of range", "0 to 1"),
+    "address without port": (
+        HEAD + "services:\n  web:\n    listen: localhost  #!\n",
+        "services.web.listen",
+        "has no port",
+        "host:port",
+    ),
+    "address with scheme": (
+        HEAD + 'services:\n  web: {discover: {static: ["http://a:80"]}}  #!\n',
+        "services.web.discover.static[0]",
+        "is a URL, not an address",
+        "host:port",
+    ),
+    "endpoint on port 0": (
+        HEAD + 'services:\n  web: {discover: {static: ["127.0.0.1:0"]}}  #!\n',
+        "services.web.discover.static[0]",
+        "impossible port",
+        "1 to 65535",
+    ),
+    "endpoint anywhere": (
+        HEAD + 'services:\n  web: {discover: {static: ["0.0.0.0:80"]}}  #!\n',
+        "services.web.discover.static[0]",
+        "an address to listen on",
+        "",
+    ),
+    "endpoint twice": (
+        HEAD
+        + 'services:\n  web:\n    discover:\n      static:\n        - "127.0.0.1:1"\n'
+        + '        - {address: "127.0.0.1:1"}  #!\n',
+        "services.web.discover.static[1].address",
+        "stands here twice",
+        "weight",
+    ),
+    "endpoints of weight 0": (
+        HEAD + 'services:\n  web: {discover: {static: [{address: "127.0.0.1:1", weight: 0}]}}  #!\n',
+        "services.web.discover.static",
+        "weight 0",
+        "",
+    ),
+    "no endpoints": (
+        HEAD + "services:\n  web: {discover: {static: []}}  #!\n",
+        "services.web.discover.static",
+        "is empty",
+        "",
+    ),
+    "two ways to discover": (
+        HEAD + 'services:\n  web: {discover: {static: ["127.0.0.1:1"], file: e.yaml}}  #!\n',
+        "services.web.discover",
+        "static and file is given",
+        "exactly one of static, file, dns",
+    ),
+    "no way to discover": (
+        HEAD + "services:\n  web: {discover: {}}  #!\n",
+        "services.web.discover",
+        "nothing is given",
+        "exactly one",
+    ),
+    "every without dns": (
+        HEAD + "services:\n  web: {discover: {file: e.yaml, every: 5}}  #!\n",
+        "services.web.discover.every",
+        "only dns",
+        "watched",
+    ),
+    "label is a number": (
+        HEAD + 'services:\n  web: {discover: {static: [{address: "127.0.0.1:1", labels: {version: 1.1}}]}}  #!\n',
+        "services.web.discover.static[0].labels.version",
+        "must be a word",
+        'put it in quotes: "1.1"',
+    ),
+    "service name": (
+        HEAD + "services:\n  Web_1: {}  #!\n",
+        "services.Web_1",
+        "can't be a name",
+        "small letters",
+    ),
+    "trust domain": (
+        "mesh: shop\nsecure:\n  mode: observe\n  trust_domain: Shop.Internal  #!\n" + SERVICES,
+        "secure.trust_domain",
+        "can't be a trust domain",
+        "small letters",
+    ),
+    "trust domain of development": (
+        "mesh: shop\nsecure:\n  mode: observe\n  trust_domain: dev.meshlib.invalid  #!\n" + SERVICES,
+        "secure.trust_domain",
+        "belongs to `meshlib dev`",
+        "your own",
+    ),
+    "rule for the domain of development": (
+        HEAD + SERVICES + "    secure:\n      allow:\n        - from: ['spiffe://dev.meshlib.invalid/*']  #!\n",
+        "services.orders.secure.allow[0].from[0]",
+        "belongs to `meshlib dev`",
+        "",
+    ),
+    "identity missing": (
+        "mesh: shop\nsecure:  #!\n  mode: permissive\n" + SERVICES,
+        "secure.identity",
+        "is missing",
+        "meshlib ca issue",
+    ),
+    "identity missing for one": (
+        "mesh: shop\nsecure:  #!\n  mode: observe\n" + SERVICES + "    secure: {mode: enforce}\n",
+        "secure.identity",
+        "is missing, and orders can't prove",
+        "",
+    ),
+    "identity that is none": (
+        HEAD + SERVICES + "    identity: orders  #!\n",
+        "services.orders.identity",
+        "is not a SPIFFE ID",
+        "spiffe://",
+    ),
+    "identity without path": (
+        HEAD + SERVICES + "    identity: spiffe://shop.internal  #!\n",
+        "services.orders.identity",
+        "has no valid path",
+        "",
+    ),
+    "identity with a dot segment": (
+        HEAD + SERVICES + "    identity: spiffe://shop.internal/a/../b  #!\n",
+        "services.orders.identity",
+        "has no valid path",
+        "",
+    ),
+    "identity with a port": (
+        HEAD + SERVICES + "    identity: spiffe://shop.internal:80/a  #!\n",
+        "services.orders.identity",
+        "no valid trust domain",
+        "",
+    ),
+    "caller unknown": (
+        HEAD + SERVICES + "    secure:\n      allow:\n        - from: [web, weeb]  #!\n",
+        "services.orders.secure.allow[0].from[1]",
+        "'weeb' is no service",
+        "did you mean 'web'?",
+    ),
+    "caller with an inner star": (
+        HEAD + SERVICES + "    secure:\n      allow:\n        - from: ['spiffe://shop.internal/*/web']  #!\n",
+        "services.orders.secure.allow[0].from[0]",
+        "only stand at the end",
+        "",
+    ),
+    "caller of any trust domain": (
+        HEAD + SERVICES + "    secure:\n      allow:\n        - from: ['spiffe://shop.internal*']  #!\n",
+        "services.orders.secure.allow[0].from[0]",
+        "other trust domains",
+        "spiffe://shop.internal/*",
+    ),
+    "name with a star": (
+        HEAD + SERVICES + "    secure:\n      allow:\n        - from: ['web*']  #!\n",
+        "services.orders.secure.allow[0].from[0]",
+        "is no caller",
+        "",
+    ),
+    "rule without from": (
+        HEAD + SERVICES + "    secure:\n      allow:\n        - methods: [GET]  #!\n",
+        "services.orders.secure.allow[0].from",
+        "is missing",
+        "anyone",
+    ),
+    "rule from nobody": (
+        HEAD + SERVICES + "    secure:\n      allow:\n        - from: []  #!\n",
+        "services.orders.secure.allow[0].from",
+        "is empty",
+        "",
+    ),
+    "rule of an existing name": (
+        HEAD + SERVICES + "    secure:\n      allow: [{name: a, from: [web]}]\n      deny: [{name: a, from: [web]}]  #!\n",
+        "services.orders.secure.deny[0].name",
+        "another rule is called 'a'",
+        "",
+    ),
+    "deny everything": (
+        HEAD + SERVICES + "    secure:\n      deny: [{from: ['*']}]  #!\n",
+        "services.orders.secure.deny[0]",
+        "denies every call of everyone",
+        "name callers",
+    ),
+    "method in small letters": (
+        HEAD + SERVICES + "    secure: {allow: [{from: [web], methods: [post]}]}  #!\n",
+        "services.orders.secure.allow[0].methods[0]",
+        "'post' is not an HTTP method",
+        "POST, in capitals",
+    ),
+    "method mistyped": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], methods: [DELTE]}]}  #!\n",
+        "services.orders.secure.deny[0].methods[0]",
+        "'DELTE' is not an HTTP method",
+        "did you mean 'DELETE'?",
+    ),
+    "methods of gRPC": (
+        HEAD + SERVICES + "    protocol: grpc\n    secure: {allow: [{from: [web], methods: [GET]}]}  #!\n",
+        "services.orders.secure.allow[0].methods",
+        "every gRPC call is a POST",
+        "leave methods out",
+    ),
+    "route that no gRPC call takes": (
+        HEAD + SERVICES + "    protocol: grpc\n    route: [{match: {methods: [GET]}}]  #!\n",
+        "services.orders.route[0].match.methods",
+        "every gRPC call is a POST",
+        "",
+    ),
+    "rule path without a slash": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: [admin]}]}  #!\n",
+        "services.orders.secure.deny[0].paths[0]",
+        "does not begin with /",
+        "absolute",
+    ),
+    "rule path that is a star": (
+        HEAD + SERVICES + "    secure: {allow: [{from: [web], paths: ['*']}]}  #!\n",
+        "services.orders.secure.allow[0].paths[0]",
+        "is no path",
+        "/* is every path",
+    ),
+    "rule path with an inner star": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: ['/a/*/b']}]}  #!\n",
+        "services.orders.secure.deny[0].paths[0]",
+        "only stand at the end",
+        "",
+    ),
+    "rule path with an escape": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: ['/a%2Fb']}]}  #!\n",
+        "services.orders.secure.deny[0].paths[0]",
+        "holds an escape",
+        "decoded form",
+    ),
+    "rule path with dots": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: ['/a/../b']}]}  #!\n",
+        "services.orders.secure.deny[0].paths[0]",
+        "is not canonical",
+        "",
+    ),
+    "rule path with two slashes": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: ['//admin*']}]}  #!\n",
+        "services.orders.secure.deny[0].paths[0]",
+        "is not canonical",
+        "",
+    ),
+    "rule path with a query": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: ['/a?b']}]}  #!\n",
+        "services.orders.secure.deny[0].paths[0]",
+        "query",
+        "",
+    ),
+    "template with half a variable": (
+        HEAD + SERVICES + "    route: [{match: {path: {template: '/items/x-{id}'}}}]  #!\n",
+        "services.orders.route[0].match.path.template",
+        "is not a whole variable",
+        "/items/{id}",
+    ),
+    "template with an open brace": (
+        HEAD + SERVICES + "    route: [{match: {path: {template: '/items/{id'}}}]  #!\n",
+        "services.orders.route[0].match.path.template",
+        "is not a whole variable",
+        "",
+    ),
+    "template with a variable twice": (
+        HEAD + SERVICES + "    route: [{match: {path: {template: '/{id}/{id}'}}}]  #!\n",
+        "services.orders.route[0].match.path.template",
+        "stands there twice",
+        "",
+    ),
+    "template under prefix": (
+        HEAD + SERVICES + "    route: [{match: {path: {prefix: '/items/{id}'}}}]  #!\n",
+        "services.orders.route[0].match.path.prefix",
+        "looks like a template",
+        "template:",
+    ),
+    "star under prefix": (
+        HEAD + SERVICES + "    route: [{match: {path: {prefix: '/items/*'}}}]  #!\n",
+        "services.orders.route[0].match.path.prefix",
+        "holds a *",
+        "",
+    ),
+    "two kinds of path": (
+        HEAD + SERVICES + "    route: [{match: {path: {exact: /a, prefix: /b}}}]  #!\n",
+        "services.orders.route[0].match.path",
+        "exact and prefix is given",
+        "exactly one of exact, prefix, template",
+    ),
+    "path is a word": (
+        HEAD + SERVICES + "    route: [{match: {path: /a}}]  #!\n",
+        "services.orders.route[0].match.path",
+        "must be a mapping, not '/a'",
+        "",
+    ),
+    "header without condition": (
+        HEAD + SERVICES + "    route: [{match: {headers: [{name: x-beta}]}}]  #!\n",
+        "services.orders.route[0].match.headers[0]",
+        "no condition is given",
+        "exactly one of exact, prefix, present",
+    ),
+    "header is not there": (
+        HEAD + SERVICES + "    route: [{match: {headers: [{name: x-beta, present: false}]}}]  #!\n",
+        "services.orders.route[0].match.headers[0].present",
+        "false is not allowed",
+        "true",
+    ),
+    "header with capitals": (
+        HEAD + SERVICES + "    route: [{match: {headers: [{name: X-Beta, present: true}]}}]  #!\n",
+        "services.orders.route[0].match.headers[0].name",
+        "holds capitals",
+        "x-beta",
+    ),
+    "header with an underscore": (
+        HEAD + SERVICES + "    route: [{match: {headers: [{name: x_beta, present: true}]}}]  #!\n",
+        "services.orders.route[0].match.headers[0].name",
+        "underscore",
+        "hyphens",
+    ),
+    "header value is a number": (
+        HEAD + SERVICES + "    route: [{match: {headers: [{name: x-beta, exact: 1}]}}]  #!\n",
+        "services.orders.route[0].match.headers[0].exact",
+        "must be a word",
+        "put it in quotes",
+    ),
+    "labels nobody carries": (
+        HEAD
+        + 'services:\n  orders:\n    discover: {static: [{address: "127.0.0.1:1", labels: {version: v1}}]}\n'
+        + "    route:\n      - backends:\n          - {labels: {version: v11}}  #!\n",
+        "services.orders.route[0].backends[0].labels",
+        "no static endpoint carries version=v11",
+        "did you mean 'version=v1'?",
+    ),
+    "labels for dns": (
+        HEAD + 'services:\n  orders:\n    discover: {dns: "orders:80"}\n    route: [{backends: [{labels: {a: b}}]}]  #!\n',
+        "services.orders.route[0].backends[0].labels",
+        "carry no labels",
+        "",
+    ),
+    "labels twice": (
+        HEAD
+        + 'services:\n  orders:\n    discover: {static: [{address: "127.0.0.1:1", labels: {v: a}}]}\n'
+        + "    route:\n      - backends:\n          - {labels: {v: a}}\n          - {labels: {v: a}}  #!\n",
+        "services.orders.route[0].backends[1]",
+        "another backend of this route",
+        "",
+    ),
+    "weights all 0": (
+        HEAD + SERVICES + "    route:\n      - backends: [{weight: 0}]  #!\n",
+        "services.orders.route[0].backends",
+        "all weights are 0",
+        "at least one",
+    ),
+    "weight below 0": (
+        HEAD + SERVICES + "    route:\n      - backends: [{weight: -1}]  #!\n",
+        "services.orders.route[0].backends[0].weight",
+        "-1 is out of range",
+        "0 to 1e+06",
+    ),
+    "route of an existing name": (
+        HEAD + SERVICES + "    route:\n      - {name: a, match: {methods: [GET]}}\n      - {name: a}  #!\n",
+        "services.orders.route[1].name",
+        "another route is called 'a'",
+        "",
+    ),
+    "name with a line break": (
+        HEAD + SERVICES + '    route: [{name: "a\\nb"}]  #!\n',
+        "services.orders.route[0].name",
+        "can't be a name",
+        "printable",
+    ),
+    "duration that is a list": (
+        HEAD + "deadline: [1]  #!\n" + SERVICES,
+        "deadline",
+        "must be a duration",
+        "250ms",
+    ),
+    "address of a bad IPv6": (
+        HEAD + "services:\n  web: {listen: '[::g]:80'}  #!\n",
+        "services.web.listen",
+        "is not an IPv6 address",
+        "host:port",
+    ),
+    "address of a bad IPv4": (
+        HEAD + "services:\n  web: {listen: '127.0.0.256:80'}  #!\n",
+        "services.web.listen",
+        "is not an IPv4 address",
+        "host:port",
+    ),
+    "address of a bad host": (
+        HEAD + "services:\n  web: {listen: 'a b:80'}  #!\n",
+        "services.web.listen",
+        "has no valid host",
+        "IPv6 in brackets",
+    ),
+    "address of IPv6 without brackets": (
+        HEAD + "services:\n  web: {listen: '::1:80'}  #!\n",
+        "services.web.listen",
+        "has no valid host",
+        "IPv6 in brackets",
+    ),
+    "identity too long": (
+        HEAD + SERVICES + f"    identity: spiffe://shop.internal/{'a' * 2048}  #!\n",
+        "services.orders.identity",
+        "longer than 2048 bytes",
+        "",
+    ),
+    "namespace": (
+        "mesh: shop\nsecure:\n  mode: observe\n  namespace: a/b  #!\n" + SERVICES,
+        "secure.namespace",
+        "can't be a namespace",
+        "small letters",
+    ),
+    "rule path with a backslash": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: ['/a\\b']}]}  #!\n",
+        "services.orders.secure.deny[0].paths[0]",
+        "no canonical path holds",
+        "no backslash",
+    ),
+    "rule path with a control character": (
+        HEAD + SERVICES + '    secure: {deny: [{from: [web], paths: ["/a\\tb"]}]}  #!\n',
+        "services.orders.secure.deny[0].paths[0]",
+        "no canonical path holds",
+        "no control",
+    ),
+    "rule path of a template and a star": (
+        HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: ['/{id}/*']}]}  #!\n",
+        "services.orders.secure.deny[0].paths[0]",
+        "mixes a template and a *",
+        "",
+    ),
+    "header of two words": (
+        HEAD + SERVICES + "    route: [{match: {headers: [{name: x beta, present: true}]}}]  #!\n",
+        "services.orders.route[0].match.headers[0].name",
+        "is not a header name",
+        "x-beta",
+    ),
+    "label without a letter": (
+        HEAD + 'services:\n  web: {discover: {static: [{address: "127.0.0.1:1", labels: {version: ""}}]}}  #!\n',
+        "services.web.discover.static[0].labels.version",
+        "1 to 253 characters",
+        "",
+    ),
+    "duplicate key": (
+        HEAD + SERVICES + "  orders:  #!\n    listen: 127.0.0.1:1\n",
+        "services.orders",
+        "a second time (first: line 8)",
+        "keep one",
+    ),
+}
+
+
+def _problems(file: Path, **named: str) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load(file, **named)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name.replace(" ", "_"))
+def test_each_mistake_is_one_problem_at_its_line(case: str, write: Callable[..., Path]) -> None:
+    """File, line, key, what is wrong, what is allowed; and nothing beside it."""
+    text, key, message, hint = CASES[case]
+    file = write(text)
+    line = next(number for number, content in enumerate(text.splitlines(), 1) if "#!" in content)
+    problems = _problems(file, service="orders")
+    assert [(str(file), line, key)] == [(problem.file, problem.line, problem.key) for problem in problems]
+    assert message in problems[0].message
+    assert hint in problems[0].hint
+
+
+def test_five_mistakes_are_five_problems(write: Callable[..., Path]) -> None:
+    """A mistyped key, a bad value, a bad address, an unknown caller and labels that nobody carries, all at once."""
+    file = write("""\
+        mesh: shop
+        secure:
+          mode: enfroce
+          identity: {folder: ./identities}
+        deadlin: 5
+        services:
+          web:
+            listen: 127.0.0.1
+          orders:
+            discover: {static: ["127.0.0.1:8101"]}
+            route:
+              - backends: [{labels: {version: v1}}]
+            secure:
+              allow: [{from: [wep]}]
+        """)
+    problems = _problems(file)
+    expected = [
+        (3, "secure.mode"),
+        (5, "deadlin"),
+        (8, "services.web.listen"),
+        (12, "services.orders.route[0].backends[0].labels"),
+        (14, "services.orders.secure.allow[0].from[0]"),
+    ]
+    assert expected == [(problem.line, problem.key) for problem in problems]
+    assert all(problem.hint for problem in problems)
+
+
+def test_the_error_text_has_a_line_for_each_problem(write: Callable[..., Path]) -> None:
+    """`file:line: key: message (hint)`, so that editors find the place."""
+    file = write("mesh: shop\nsecure: {mode: observe}\nservices: {a: {listen: x}, b: {listen: y}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"{file}:3: services.a.listen: 'x' has no port (host:port")
+
+
+def test_a_long_value_is_cut_in_messages(write: Callable[..., Path]) -> None:
+    """An error message is a line to read, not a dump; what was pasted by mistake doesn't end up in a log as a whole."""
+    file = write(f"mesh: shop\nsecure: {{mode: {'x' * 500}}}\nservices: {{a: {{}}}}\n")
+    assert len(_problems(file)[0].message) < 100
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("", 1, "the file is empty"),
+        ("# nothing\n", 1, "the file is empty"),
+        ("- a\n- b\n", 1, "must be a mapping, not a list"),
+        ("mesh\n", 1, "must be a mapping, not 'mesh'"),
+        ("mesh: shop\nsecure: {mode: observe\nservices: {}\n", 3, "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_one_problem(text: str, line: int, message: str, write: Callable[..., Path]) -> None:
+    """Empty, a list, a word, broken: one clear problem with a line."""
+    problems = _problems(write(text))
+    assert [line] == [problem.line for problem in problems]
+    assert message in problems[0].message
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a name, ./mesh.yaml is looked for; the hint names `meshlib init`."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load()
+    assert "mesh.yaml:1: (file): is not there (`meshlib init` writes one" in str(caught.value)
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    """What the operating system says is passed on in one line."""
+    assert "can't be read: is a directory" in _problems(tmp_path)[0].message
+
+
+def test_text_in_another_encoding_is_refused_with_its_line(tmp_path: Path) -> None:
+    """UTF-8 only; the line of the first bad byte."""
+    file = tmp_path / "mesh.yaml"
+    file.write_bytes(b"mesh: shop\nsecure: {mode: observe} # caf\xe9\n")
+    assert [(problem.line, problem.message) for problem in _problems(file)] == [(2, "is not UTF-8 text")]
+
+
+def test_an_unknown_service_is_told_with_its_near_match(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether an argument or MESHLIB_SERVICE named it."""
+    file = write(HEAD + SERVICES)
+    problem = _problems(file, service="order")[0]
+    assert (problem.line, problem.key, problem.message) == (5, "service", "'order' is no service of this file")
+    assert problem.hint == "did you mean 'orders'? one of web, orders"
+    monkeypatch.setenv("MESHLIB_SERVICE", "wob")
+    assert _problems(file)[0].key == "MESHLIB_SERVICE"
+
+
+def test_with_several_services_one_must_be_named(write: Callable[..., Path]) -> None:
+    """Who this process is, is never guessed."""
+    problem = _problems(write(HEAD + SERVICES))[0]
+    assert "unknown which service this process is" in problem.message
+    assert problem.hint == "one of web, orders"
+
+
+def test_endpoint_files_are_checked_like_static_endpoints(write: Callable[..., Path]) -> None:
+    """A list of addresses or mappings, with the same strictness and lines."""
+    good = write('- "127.0.0.1:1"\n- {address: "127.0.0.1:2", labels: {version: v2}, weight: 2}\n', "good.yaml")
+    assert [(endpoint.address, endpoint.weight, endpoint.labels) for endpoint in read_endpoints(good)] == [
+        ("127.0.0.1:1", 1.0, {}),
+        ("127.0.0.1:2", 2.0, {"version": "v2"}),
+    ]
+    assert read_endpoints(write("", "empty.yaml")) == ()
+    bad = write('- "127.0.0.1"\n- {adress: "127.0.0.1:2"}\n- "127.0.0.1:3"\n- "127.0.0.1:3"\n', "bad.yaml")
+    with pytest.raises(ConfigError) as caught:
+        read_endpoints(bad)
+    assert sorted((problem.line, problem.key) for problem in caught.value.problems) == [
+        (1, "[0]"),
+        (2, "[1].address"),
+        (2, "[1].adress"),
+    ]
+    twice = write('- "127.0.0.1:3"\n- "127.0.0.1:3"\n', "twice.yaml")
+    with pytest.raises(ConfigError, match="stands here twice"):
+        read_endpoints(twice)
