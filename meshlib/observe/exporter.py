@@ -1,0 +1,159 @@
+"""How does Prometheus get the numbers of this process?
+
+A listener of a few lines on the keeper's loop: `GET /metrics`, and `GET /healthz` for those who ask whether the process
+takes work. A framework would bring a thread and a dependency, and the application's own server must not tell its
+metrics to its callers. One request per connection, limits on size, time and number of connections; everything else is
+answered with 404 and closed.
+
+It speaks plain HTTP and knows no users: it binds where the configuration says, loopback as a rule. Each process has its
+own: workers of one service that are to be scraped one by one need port 0, or a port each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from meshlib.errors import ListenError
+from meshlib.keeper import Keeper
+
+from .prometheus import CONTENT_TYPE, OPENMETRICS_END, OPENMETRICS_TYPE
+
+logger = logging.getLogger("meshlib.observe")
+
+LARGEST: Final = 8192  # bytes of a request
+LONGEST: Final = 5.0  # seconds to receive it
+MOST: Final = 32  # connections at once
+
+
+class MetricsListener:
+    """Serves the text of `render` at an address "host:port" or "[v6]:port". Port 0 takes a free one: see `port`."""
+
+    def __init__(self, address: str, render: Callable[[], str], *, is_ready: Callable[[], bool] = lambda: True) -> None:
+        self.address = address
+        self.port: int | None = None
+        self._render = render
+        self._is_ready = is_ready
+        self._socket: socket.socket | None = None
+        self._server: asyncio.Server | None = None
+        self._keeper: Keeper | None = None
+        self._open = 0
+
+    def start(self, keeper: Keeper) -> None:
+        """Listen. Raises ListenError when the address can't be had."""
+        self._socket = self._bind()
+        self.port = int(self._socket.getsockname()[1])
+        self._keeper = keeper
+        keeper.on_fork(self._after_fork)
+        keeper.run(self._serve(self._socket)).result(10.0)
+        logger.info("metrics at http://%s:%d/metrics", self.address.rpartition(":")[0], self.port)
+
+    def stop(self) -> None:
+        """Listen no more. Answers under way are cut."""
+        server, listening, keeper = self._server, self._socket, self._keeper
+        self._server = self._socket = self._keeper = self.port = None
+        if server is not None and keeper is not None and keeper.is_running:
+            with contextlib.suppress(Exception):
+                keeper.run(self._close(server)).result(5.0)
+        if listening is not None:
+            listening.close()
+
+    # ------------------------------------------------------------------ the socket
+
+    def _bind(self) -> socket.socket:
+        host, _, port = self.address.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(
+                host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listening = socket.socket(family, kind, protocol)
+        except (OSError, ValueError) as error:
+            raise ListenError(
+                f"the metrics can't be served at {self.address}: {error}.",
+                hint='observe.metrics is "host:port", such as "127.0.0.1:9464".',
+            ) from None
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(place)
+            listening.listen(MOST)
+        except OSError as error:
+            listening.close()
+            raise ListenError(
+                f"the metrics can't be served at {self.address}: {error.strerror or error}.",
+                hint="Another process has it, perhaps another worker of this service: give each an address of its own, "
+                "or port 0 for any free one.",
+            ) from None
+        listening.setblocking(False)
+        return listening
+
+    async def _serve(self, listening: socket.socket) -> None:
+        self._server = await asyncio.start_server(self._answer, sock=listening, limit=LARGEST)
+
+    async def _close(self, server: asyncio.Server) -> None:
+        server.close()
+
+    def _after_fork(self) -> None:
+        """The child has a copy of the listening socket: as long as it lives, it would answer with the wrong numbers."""
+        if self._socket is not None:
+            # Only the descriptor: what belongs to the parent's loop stays untouched.
+            self._socket.close()
+        self._server = self._socket = self._keeper = self.port = None
+        self._open = 0
+
+    # ------------------------------------------------------------------ a request
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open <= MOST:  # the rest is closed without a word: to read on is what a flood wants
+                writer.write(self._response_to(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LONGEST)))
+                await asyncio.wait_for(writer.drain(), LONGEST)
+        except asyncio.LimitOverrunError:
+            writer.write(_response(431, "the request is too large\n"))
+        except (TimeoutError, asyncio.IncompleteReadError, OSError):
+            pass  # slow or gone: nothing to tell
+        finally:
+            self._open -= 1
+            with contextlib.suppress(Exception):
+                writer.close()
+                await asyncio.wait_for(writer.wait_closed(), LONGEST)
+
+    def _response_to(self, request: bytes) -> bytes:
+        parts = request.split(b"\r\n", 1)[0].split(b" ")
+        if len(parts) != 3 or not parts[2].startswith(b"HTTP/1."):
+            return _response(400, "this is not HTTP/1.1\n")
+        path = parts[1].split(b"?", 1)[0]
+        if parts[0] != b"GET" or path not in (b"/metrics", b"/healthz"):
+            return _response(404, "GET /metrics or GET /healthz\n")
+        if path == b"/healthz":
+            return _response(200, "ok\n") if self._is_ready() else _response(503, "draining\n")
+        try:
+            text = self._render()
+        except Exception:
+            logger.exception("the metrics could not be rendered")
+            return _response(500, "see the log\n")
+        return _response(200, text, OPENMETRICS_TYPE if text.endswith(OPENMETRICS_END) else CONTENT_TYPE)
+
+
+_REASONS: Final = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+
+
+def _response(status: int, text: str, kind: str = "text/plain; charset=utf-8") -> bytes:
+    body = text.encode("utf-8", "replace")
+    head = (
+        f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+        "cache-control: no-store\r\nx-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + body

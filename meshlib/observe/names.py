@@ -1,0 +1,202 @@
+"""What is every number called, and what does it mean?
+
+One table of all metrics, with kind, unit, labels and help, and the names of OpenTelemetry's attributes beside it, so
+that a renaming of the conventions is a change of this file. Our own metrics begin with `meshlib_` and the phase that
+counts them; units are seconds and plain counts. The durations carry the names that OpenTelemetry gives them in
+Prometheus, and its buckets.
+
+Calls (what the application asked) and attempts (what the wire saw) are different metrics: retries lie between them.
+`direction` is never a label: what goes out is counted by `service` and `endpoint`, what comes in by `route`, `method`
+and `peer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table. The name of a counter ends with `_total`, that of a unit stands before it."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    unit: str = ""
+
+
+# Upper bounds in seconds; the same as in the core, which adds a last bucket for the rest.
+BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+
+# ---------------------------------------------------------------------- discover
+
+_WHERE = ("service", "source")
+DISCOVER_ENDPOINTS = Metric("meshlib_discover_endpoints", "gauge", "Endpoints in use.", _WHERE)
+DISCOVER_AGE = Metric(
+    "meshlib_discover_age_seconds",
+    "gauge",
+    "For how long no answer has confirmed the endpoints in use.",
+    _WHERE,
+    "seconds",
+)
+DISCOVER_FAILURES = Metric("meshlib_discover_failures_total", "counter", "Looks without an answer.", _WHERE)
+DISCOVER_HELD = Metric("meshlib_discover_held", "gauge", "1 while an answer that takes away too much is held back.", _WHERE)
+DISCOVER_HOLDS = Metric("meshlib_discover_holds_total", "counter", "Answers that were held back.", _WHERE)
+
+# ---------------------------------------------------------------------- out: calls, by service
+
+_SERVICE = ("service",)
+ROUTE_REQUESTS = Metric("meshlib_route_requests_total", "counter", "Calls to a service, as the application asked.", _SERVICE)
+ROUTE_FAILURES = Metric("meshlib_route_failures_total", "counter", "Calls that failed, as the application saw.", _SERVICE)
+ROUTE_RESPONSES = Metric(
+    "meshlib_route_responses_total",
+    "counter",
+    "Calls by the status that the application got; code none where no answer came.",
+    ("service", "code"),
+)
+ROUTE_EGRESS = Metric("meshlib_route_egress_total", "counter", "Calls to hosts that are no service of the mesh.", ("host",))
+RETRY_ATTEMPTS = Metric("meshlib_retry_attempts_total", "counter", "Attempts beyond the first of a call.", _SERVICE)
+RETRY_BUDGET = Metric("meshlib_retry_budget_remaining", "gauge", "Retries that the budget would allow at this moment.", _SERVICE)
+ADMIT_IN_FLIGHT = Metric("meshlib_admit_in_flight", "gauge", "Calls to a service under way.", _SERVICE)
+
+# ---------------------------------------------------------------------- out: attempts, by endpoint
+
+_ENDPOINT = ("service", "endpoint")
+BALANCE_REQUESTS = Metric("meshlib_balance_requests_total", "counter", "Attempts at an endpoint.", _ENDPOINT)
+BALANCE_FAILURES = Metric("meshlib_balance_failures_total", "counter", "Attempts that failed.", _ENDPOINT)
+BALANCE_RESPONSES = Metric(
+    "meshlib_balance_responses_total",
+    "counter",
+    "Attempts by status; code none where no answer came.",
+    ("service", "endpoint", "code"),
+)
+BALANCE_RETRIED = Metric(
+    "meshlib_balance_retried_total", "counter", "Attempts after which the call was tried again elsewhere.", _ENDPOINT
+)
+BALANCE_IN_FLIGHT = Metric("meshlib_balance_in_flight", "gauge", "Attempts at an endpoint under way.", _ENDPOINT)
+BALANCE_LATENCY = Metric(
+    "meshlib_balance_latency_seconds",
+    "gauge",
+    "The latency by which the balancer judges an endpoint (peak-EWMA).",
+    _ENDPOINT,
+    "seconds",
+)
+ADMIT_BREAKER = Metric(
+    "meshlib_admit_breaker_state",
+    "gauge",
+    "Breaker of an endpoint: 0 closed, 1 half open, 2 open, 3 isolated by hand.",
+    _ENDPOINT,
+)
+ADMIT_EJECTIONS = Metric("meshlib_admit_ejections_total", "counter", "How often an endpoint was taken out.", _ENDPOINT)
+
+BREAKER_STATES: Final = {"closed": 0, "half_open": 1, "open": 2, "isolated": 3}
+
+# ---------------------------------------------------------------------- in: by caller
+
+_CALLER = ("service", "route", "method", "peer")
+SECURE_REQUESTS = Metric("meshlib_secure_requests_total", "counter", "Calls that came in, by who was proved to call.", _CALLER)
+SECURE_RESPONSES = Metric(
+    "meshlib_secure_responses_total",
+    "counter",
+    "Calls that came in, by the status sent (of gRPC the word); code none where the client was gone before.",
+    (*_CALLER, "code"),
+)
+SECURE_REFUSED = Metric("meshlib_secure_refused_total", "counter", "Calls that never reached the application.", _CALLER)
+SECURE_WOULD_DENY = Metric(
+    "meshlib_secure_would_deny_total",
+    "counter",
+    "Calls that were let through, and that mode enforce would refuse.",
+    _CALLER,
+)
+SECURE_IN_FLIGHT = Metric("meshlib_secure_in_flight", "gauge", "Calls in the application's hands.", _CALLER)
+
+# ---------------------------------------------------------------------- the process
+
+IDENTITY_ROTATIONS = Metric("meshlib_secure_rotations_total", "counter", "Certificates taken into use after the first.")
+IDENTITY_FAILURES = Metric(
+    "meshlib_secure_rotation_failures_total",
+    "counter",
+    "Failed attempts to load the identity; the last good one stays.",
+)
+IDENTITY_EXPIRY = Metric(
+    "meshlib_secure_expiry_timestamp_seconds", "gauge", "When the certificate ends, in Unix time.", (), "seconds"
+)
+IDENTITY_SPENT = Metric(
+    "meshlib_secure_spent_ratio", "gauge", "Share of the certificate's life that is gone; renewed at 0.5.", (), "ratio"
+)
+OBSERVE_INFO = Metric("meshlib_observe_info", "gauge", "What runs here.", ("mesh", "service", "version"))
+OBSERVE_RELOADS = Metric("meshlib_observe_reloads_total", "counter", "Configurations taken into use after the first.")
+OBSERVE_RELOAD_FAILURES = Metric(
+    "meshlib_observe_reload_failures_total", "counter", "Configurations refused; the old one stays in force."
+)
+OBSERVE_JOB_RUNS = Metric("meshlib_observe_job_runs_total", "counter", "Runs of the keeper's jobs.", ("job",))
+OBSERVE_JOB_FAILURES = Metric("meshlib_observe_job_failures_total", "counter", "Runs that failed.", ("job",))
+
+# ---------------------------------------------------------------------- durations, as OpenTelemetry names them
+
+HTTP_CLIENT_DURATION = Metric(
+    "http_client_request_duration_seconds",
+    "histogram",
+    "Calls over HTTP, from the beginning to the head of the last answer.",
+    ("http_request_method", "server_address"),
+    "seconds",
+)
+HTTP_SERVER_DURATION = Metric(
+    "http_server_request_duration_seconds",
+    "histogram",
+    "Requests that the application answered.",
+    ("http_request_method", "http_route", "url_scheme"),
+    "seconds",
+)
+RPC_CLIENT_DURATION = Metric(
+    "rpc_client_call_duration_seconds",
+    "histogram",
+    "Calls over gRPC, from the beginning to the head of the last answer.",
+    ("rpc_system_name", "server_address"),
+    "seconds",
+)
+RPC_SERVER_DURATION = Metric(
+    "rpc_server_call_duration_seconds",
+    "histogram",
+    "RPCs that the application answered.",
+    ("rpc_system_name", "rpc_method"),
+    "seconds",
+)
+
+METRICS: Final[tuple[Metric, ...]] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
+
+# ---------------------------------------------------------------------- attributes of spans
+
+HTTP_METHOD: Final = "http.request.method"
+HTTP_METHOD_ORIGINAL: Final = "http.request.method_original"
+HTTP_RESEND_COUNT: Final = "http.request.resend_count"
+HTTP_STATUS: Final = "http.response.status_code"
+HTTP_ROUTE: Final = "http.route"
+SERVER_ADDRESS: Final = "server.address"
+SERVER_PORT: Final = "server.port"
+PEER_ADDRESS: Final = "network.peer.address"
+PEER_PORT: Final = "network.peer.port"
+URL_FULL: Final = "url.full"
+URL_PATH: Final = "url.path"
+URL_SCHEME: Final = "url.scheme"
+ERROR_TYPE: Final = "error.type"
+RPC_SYSTEM: Final = "rpc.system.name"
+RPC_METHOD: Final = "rpc.method"
+RPC_STATUS: Final = "rpc.response.status_code"
+MESH_ROUTE: Final = "meshlib.route"
+MESH_PEER: Final = "meshlib.peer"
+
+# gRPC's statuses in the order of their numbers, as the conventions write them.
+GRPC_STATUSES: Final = (
+    *("OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED"),
+    *("RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"),
+    *("DATA_LOSS", "UNAUTHENTICATED"),
+)
+
+# Methods that HTTP and PATCH define; others are "_OTHER", lest a caller should invent time series.
+KNOWN_METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
+OTHER_METHOD: Final = "_OTHER"

@@ -1,0 +1,193 @@
+"""What do the two ways tell, and to whom?
+
+One object that both ways call: headers and spans on the way out, a span around the handler on the way in, the few
+numbers that no engine counts, and the text of all metrics. Without a tracing SDK the observer only carries the trace;
+the engines count by themselves. It decides nothing about a call, and a failure to observe is never a failure of the
+call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
+
+from . import spans
+from .prometheus import Readings, render
+from .trace import TRACEPARENT, Headers, Sampler, Trace, current_trace, outgoing
+
+if TYPE_CHECKING:
+    from meshlib.mesh import Mesh
+
+logger = logging.getLogger("meshlib.observe")
+
+# A sampler or an exporter of the application raised.
+NO_SPAN: Final = "a span could not be made; the call goes on without it"
+MOST_HOSTS: Final = 100
+OTHER: Final = "other"
+
+# Of all observers, since it is held for a moment and must be free in a forked child.
+_lock = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+# The span of the attempt that is about to be sent, between `client_span` and `client_headers` of the same task.
+_begun: ContextVar[spans.ClientSpan | None] = ContextVar("meshlib.begun", default=None)
+
+
+class Observer:
+    """Observes the calls of one process. `service` is who we are, `sample` the share of new traces that are sampled."""
+
+    __slots__ = ("_egress", "sampler", "service")
+
+    def __init__(self, *, service: str = "", sample: float = 1.0) -> None:
+        self.service = service
+        self.sampler = Sampler(sample)
+        self._egress: dict[str, int] = {}
+
+    # ------------------------------------------------------------------ out
+
+    def client_span(
+        self,
+        method: str,
+        authority: str,
+        resend_count: int = 0,
+        *,
+        target: str = "",
+        endpoint: str = "",
+        rpc: str = "",
+    ) -> spans.ClientSpan | None:
+        """A span for one attempt, to be ended with `end(status, error)`; None where nobody records.
+
+        `rpc` is the full method of a gRPC call ("/pkg.Service/Method").
+        """
+        tracer = spans.tracer()
+        if tracer is None:
+            return None
+        trace = current_trace.get()
+        span = None
+        try:
+            span = spans.client_span(
+                tracer,
+                method,
+                authority,
+                resend_count,
+                target=target,
+                endpoint=endpoint,
+                rpc=rpc,
+                baggage=[] if trace is None else trace.found.baggage,
+            )
+        except Exception:
+            logger.warning(NO_SPAN, exc_info=True)
+        _begun.set(span)
+        return span
+
+    def client_headers(self, present: Iterable[tuple[bytes, bytes]] = (), *, is_egress: bool = False) -> Headers:
+        """The headers that carry the trace, for the attempt that `client_span` began just now.
+
+        `present` are the headers that the call has already: who wrote a traceparent by hand is not contradicted.
+        """
+        if present and any(name.lower() == TRACEPARENT for name, _ in present if len(name) == len(TRACEPARENT)):
+            return []
+        if spans.tracer() is not None:
+            span = _begun.get()
+            if span is not None:
+                _begun.set(None)
+                return span.headers
+            headers = spans.current_headers()
+            if headers is not None:
+                return headers
+        return outgoing(self.sampler, is_inner=not is_egress)
+
+    def egress(self, host: str) -> None:
+        """A call went to a host that is no service. Counted for the first hundred hosts, then as "other"."""
+        with _lock:
+            if host not in self._egress and len(self._egress) >= MOST_HOSTS:
+                host = OTHER
+            self._egress[host] = self._egress.get(host, 0) + 1
+
+    # ------------------------------------------------------------------ in
+
+    def server_span(
+        self,
+        method: str,
+        route: str,
+        headers: Headers,
+        peer: str | None,
+        *,
+        path: str = "",
+        scheme: str = "",
+        rpc: str = "",
+    ) -> Trace | spans.ServerSpan:
+        """A context manager around the handler. `peer` is the proved SPIFFE ID of the caller, or nothing.
+
+        Set its `status` before it ends. With an SDK it is a SERVER span; without one, or where another instrumentation
+        made the span, it only holds the trace.
+        """
+        trace = Trace(headers, self.sampler, is_trusted=bool(peer))
+        tracer = spans.tracer()
+        if tracer is None:
+            return trace
+        span = None
+        try:
+            span = spans.server_span(tracer, method, route, trace, peer=peer or "", path=path, scheme=scheme, rpc=rpc)
+        except Exception:
+            logger.warning(NO_SPAN, exc_info=True)
+        return trace if span is None else span
+
+    # ------------------------------------------------------------------ numbers
+
+    def prometheus(self, mesh: Mesh, *, is_openmetrics: bool = False) -> str:
+        """Everything that a mesh and its process have counted, as text."""
+        return render(self.readings(mesh, time.monotonic()), is_openmetrics=is_openmetrics)
+
+    def readings(self, mesh: Mesh, now: float) -> Readings:
+        """All numbers as plain data."""
+        from meshlib._native import EXPECTED
+
+        config, identity = mesh.config, mesh.identity
+        with _lock:
+            egress = dict(self._egress)
+        current = None if identity is None else identity.current
+        known: dict[str, Any] | None = None
+        if identity is not None:
+            known = {
+                "rotations": identity.rotations,
+                "failures": identity.failures,
+                "not_after": None if current is None else current.not_after,
+                "spent": identity.spent,
+            }
+        return Readings(
+            engine=mesh.engine.stats(now),
+            gate=mesh.gate.stats(),
+            discover=mesh.directory.stats(now),
+            jobs=[(job.name, job.runs, job.failures) for job in mesh.keeper.jobs],
+            identity=known,
+            egress=egress,
+            reloads=mesh.reloads,
+            reload_failures=mesh.reload_failures,
+            mesh=config.name,
+            service=config.service,
+            version=EXPECTED,
+            protocols={name: policy.protocol for name, policy in config.services.items()},
+            templates={route.name: _template(route.match.path) for route in config.own.routes},
+            scheme={"enforce": "https", "observe": "http"}.get(config.own.mode, ""),
+        )
+
+
+def _template(path: Any) -> str:
+    """What a route matches, in the form of http.route."""
+    if path is None:
+        return "/*"
+    return str(path.exact or path.template or path.prefix.rstrip("/") + "/*")

@@ -1,0 +1,266 @@
+"""What has this process counted, in a form that Prometheus reads?
+
+The engines count with atomics in Rust, and everything else keeps its own few numbers; they are read here when somebody
+asks, and only then. Nothing is registered and nothing is locked. The text is Prometheus' format 0.0.4, or OpenMetrics
+1.0 on request. Prometheus' client library is not used: it would keep a second copy of every number, and it has no way
+to take over a histogram.
+
+Endpoints that were never used have no series. Inbound series are bounded by the core (1000, then "other"). It stores
+and pushes nothing, and what several processes of a service count is added up by Prometheus, not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import names
+from .names import BOUNDS, Metric
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+OPENMETRICS_END = "# EOF\n"
+
+Row = Mapping[str, Any]
+Labels = tuple[str, ...]
+Histogram = tuple[Sequence[int], float]  # counts per bucket (not cumulative, the last one for the rest), sum in seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """All numbers of a process at one moment, as plain data."""
+
+    engine: Sequence[Row] = ()
+    gate: Sequence[Row] = ()
+    discover: Sequence[Row] = ()
+    jobs: Sequence[tuple[str, int, int]] = ()  # name, runs, failures
+    identity: Row | None = None  # rotations, failures, not_after, spent
+    egress: Mapping[str, int] = field(default_factory=dict)
+    reloads: int = 0
+    reload_failures: int = 0
+    mesh: str = ""
+    service: str = ""
+    version: str = ""
+    protocols: Mapping[str, str] = field(default_factory=dict)  # of services; what isn't named is http
+    templates: Mapping[str, str] = field(default_factory=dict)  # of our own routes, by name
+    scheme: str = ""  # of what comes in, where only one is possible
+
+
+def render(readings: Readings, *, is_openmetrics: bool = False) -> str:
+    """The text of all metrics, in the order of the table."""
+    text = _Text(is_openmetrics)
+    _process(text, readings)
+    _discover(text, readings.discover)
+    _calls(text, readings)
+    _attempts(text, [row for row in readings.engine if row["endpoint"] and _is_used(row)])
+    _inbound(text, readings)
+    return text.end()
+
+
+# ---------------------------------------------------------------------- what is read
+
+
+def _process(text: _Text, readings: Readings) -> None:
+    text.add(names.OBSERVE_INFO, [((readings.mesh, readings.service, readings.version), 1)])
+    text.add(names.OBSERVE_RELOADS, [((), readings.reloads)])
+    text.add(names.OBSERVE_RELOAD_FAILURES, [((), readings.reload_failures)])
+    runs, failures = _summed(readings.jobs, 1), _summed(readings.jobs, 2)
+    text.add(names.OBSERVE_JOB_RUNS, [((name,), count) for name, count in runs.items()])
+    text.add(names.OBSERVE_JOB_FAILURES, [((name,), count) for name, count in failures.items()])
+    identity = readings.identity
+    if identity is not None:
+        text.add(names.IDENTITY_ROTATIONS, [((), identity["rotations"])])
+        text.add(names.IDENTITY_FAILURES, [((), identity["failures"])])
+        if identity.get("not_after") is not None:
+            text.add(names.IDENTITY_EXPIRY, [((), float(identity["not_after"]))])
+            text.add(names.IDENTITY_SPENT, [((), float(identity["spent"]))])
+
+
+def _discover(text: _Text, rows: Sequence[Row]) -> None:
+    labels = [(row["service"], row["source"]) for row in rows]
+    text.add(names.DISCOVER_ENDPOINTS, [(at, row["endpoints"]) for at, row in zip(labels, rows, strict=True)])
+    text.add(
+        names.DISCOVER_AGE,
+        [(at, float(row["age"])) for at, row in zip(labels, rows, strict=True) if row["age"] is not None],
+    )
+    text.add(names.DISCOVER_FAILURES, [(at, row["failures"]) for at, row in zip(labels, rows, strict=True)])
+    text.add(names.DISCOVER_HELD, [(at, int(row["is_held"])) for at, row in zip(labels, rows, strict=True)])
+    text.add(names.DISCOVER_HOLDS, [(at, row["held"]) for at, row in zip(labels, rows, strict=True)])
+
+
+def _calls(text: _Text, readings: Readings) -> None:
+    rows = [row for row in readings.engine if not row["endpoint"]]
+    services = [(row["service"],) for row in rows]
+    for metric, key in (
+        (names.ROUTE_REQUESTS, "requests"),
+        (names.ROUTE_FAILURES, "failures"),
+        (names.RETRY_ATTEMPTS, "retries"),
+        (names.ADMIT_IN_FLIGHT, "in_flight"),
+        (names.RETRY_BUDGET, "budget"),
+    ):
+        text.add(metric, [(at, row[key]) for at, row in zip(services, rows, strict=True) if key in row])
+    text.add(names.ROUTE_RESPONSES, _codes(zip(services, rows, strict=True)))
+    text.add(names.ROUTE_EGRESS, [((host,), count) for host, count in sorted(readings.egress.items())])
+    http: dict[Labels, Histogram] = {}
+    rpc: dict[Labels, Histogram] = {}
+    for row in rows:
+        if readings.protocols.get(row["service"]) == "grpc":
+            _merge(rpc, ("grpc", row["service"]), row)
+        else:
+            _merge(http, (_method(row.get("method", "")), row["service"]), row)
+    text.add_histograms(names.HTTP_CLIENT_DURATION, http)
+    text.add_histograms(names.RPC_CLIENT_DURATION, rpc)
+
+
+def _attempts(text: _Text, rows: Sequence[Row]) -> None:
+    places = [(row["service"], row["endpoint"]) for row in rows]
+    for metric, key in (
+        (names.BALANCE_REQUESTS, "requests"),
+        (names.BALANCE_FAILURES, "failures"),
+        (names.BALANCE_RETRIED, "retries"),
+        (names.BALANCE_IN_FLIGHT, "in_flight"),
+        (names.BALANCE_LATENCY, "ewma"),
+        (names.ADMIT_EJECTIONS, "ejections"),
+    ):
+        text.add(metric, [(at, row[key]) for at, row in zip(places, rows, strict=True) if key in row])
+    text.add(names.BALANCE_RESPONSES, _codes(zip(places, rows, strict=True)))
+    states = names.BREAKER_STATES
+    text.add(
+        names.ADMIT_BREAKER,
+        [(at, states[row["breaker"]]) for at, row in zip(places, rows, strict=True) if row["breaker"] in states],
+    )
+
+
+def _inbound(text: _Text, readings: Readings) -> None:
+    rows = readings.gate
+    callers = [(row["service"], row["route"], row["method"], row["peer"]) for row in rows]
+    for metric, key in (
+        (names.SECURE_REQUESTS, "requests"),
+        (names.SECURE_REFUSED, "refused"),
+        (names.SECURE_WOULD_DENY, "would_deny"),
+        (names.SECURE_IN_FLIGHT, "in_flight"),
+    ):
+        text.add(metric, [(at, row[key]) for at, row in zip(callers, rows, strict=True)])
+    are_rpc = [str(row["method"]).startswith("/") or readings.protocols.get(row["service"]) == "grpc" for row in rows]
+    http_rows = [pair for pair, is_rpc in zip(zip(callers, rows, strict=True), are_rpc, strict=True) if not is_rpc]
+    rpc_rows = [pair for pair, is_rpc in zip(zip(callers, rows, strict=True), are_rpc, strict=True) if is_rpc]
+    text.add(names.SECURE_RESPONSES, [*_codes(http_rows), *_codes(rpc_rows, _grpc_word)])
+    http: dict[Labels, Histogram] = {}
+    rpc: dict[Labels, Histogram] = {}
+    for _, row in http_rows:
+        _merge(http, (_method(row["method"]), readings.templates.get(row["route"], row["route"]), readings.scheme), row)
+    for _, row in rpc_rows:
+        _merge(rpc, ("grpc", str(row["method"]).removeprefix("/")), row)
+    text.add_histograms(names.HTTP_SERVER_DURATION, http)
+    text.add_histograms(names.RPC_SERVER_DURATION, rpc)
+
+
+def _is_used(row: Row) -> bool:
+    return bool(row["requests"] or row["in_flight"] or row["ejections"] or row["breaker"] not in ("", "closed"))
+
+
+def _method(name: str) -> str:
+    return name if name in names.KNOWN_METHODS or not name else names.OTHER_METHOD
+
+
+def _http_word(code: str) -> str:
+    return "none" if code == "0" else code
+
+
+def _grpc_word(code: str) -> str:
+    return names.GRPC_STATUSES[int(code)] if code.isdigit() and int(code) < len(names.GRPC_STATUSES) else code
+
+
+def _codes(rows: Iterable[tuple[Labels, Row]], word: Callable[[str], str] = _http_word) -> list[tuple[Labels, float]]:
+    return [((*at, word(str(code))), count) for at, row in rows for code, count in row["codes"].items()]
+
+
+def _summed(jobs: Sequence[tuple[str, int, int]], place: int) -> dict[str, int]:
+    """Several meshes of one process have jobs of the same name."""
+    counts: dict[str, int] = {}
+    for job in jobs:
+        counts[job[0]] = counts.get(job[0], 0) + int(job[place])
+    return counts
+
+
+def _merge(into: dict[Labels, Histogram], at: Labels, row: Row) -> None:
+    """OpenTelemetry's histograms have fewer labels than our rows: add up what falls together."""
+    counts, total = row["latency_buckets"], row["latency_sum"]
+    if not any(counts):
+        return
+    if at in into:
+        before, sum_before = into[at]
+        counts = [a + b for a, b in zip(before, counts, strict=True)]
+        total += sum_before
+    into[at] = (counts, total)
+
+
+# ---------------------------------------------------------------------- how it is written
+
+
+class _Text:
+    """The text as it grows, a family at a time."""
+
+    def __init__(self, is_openmetrics: bool) -> None:
+        self._is_openmetrics = is_openmetrics
+        self._lines: list[str] = []
+
+    def add(self, metric: Metric, samples: Iterable[tuple[Labels, float]]) -> None:
+        """A counter or gauge; without samples it has no line at all."""
+        heads = [(metric.name + _labels(metric.labels, values), value) for values, value in samples]
+        if heads:
+            self._head(metric)
+            self._lines += [f"{head} {_number(value)}" for head, value in heads]
+
+    def add_histograms(self, metric: Metric, histograms: Mapping[Labels, Histogram]) -> None:
+        if histograms:
+            self._head(metric)
+        for values, (counts, total) in histograms.items():
+            inner = _labels(metric.labels, values)[1:-1]
+            front = f"{metric.name}_bucket{{{inner}{',' if inner else ''}le="
+            count = 0
+            for bound, more in zip((*map(_number, BOUNDS), "+Inf"), counts, strict=True):
+                count += more
+                self._lines.append(f'{front}"{bound}"}} {count}')
+            closed = f"{{{inner}}}" if inner else ""
+            self._lines.append(f"{metric.name}_sum{closed} {_number(total)}")
+            self._lines.append(f"{metric.name}_count{closed} {count}")
+
+    def end(self) -> str:
+        return "\n".join(self._lines) + "\n" + (OPENMETRICS_END if self._is_openmetrics else "")
+
+    def _head(self, metric: Metric) -> None:
+        name = metric.name
+        if self._is_openmetrics and metric.kind == "counter":
+            name = name.removesuffix("_total")
+        self._lines.append(f"# TYPE {name} {metric.kind}")
+        if self._is_openmetrics and metric.unit:
+            self._lines.append(f"# UNIT {name} {metric.unit}")
+        self._lines.append(f"# HELP {name} {_help(metric.help, self._is_openmetrics)}")
+
+
+_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", '"': '\\"'})
+
+
+def _labels(names_of: Labels, values: Labels) -> str:
+    if not names_of:
+        return ""
+    pairs = ",".join(f'{name}="{str(value).translate(_ESCAPES)}"' for name, value in zip(names_of, values, strict=True))
+    return "{" + pairs + "}"
+
+
+def _help(text: str, is_openmetrics: bool) -> str:
+    text = text.replace("\\", "\\\\").replace("\n", "\\n")
+    return text.replace('"', '\\"') if is_openmetrics else text
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return str(int(value))
+    if math.isnan(value):
+        return "NaN"
+    if value in (float("inf"), float("-inf")):
+        return "+Inf" if value > 0 else "-Inf"
+    return repr(value)

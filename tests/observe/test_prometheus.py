@@ -1,0 +1,270 @@
+"""The numbers are told in a form that Prometheus and OpenMetrics read, under names that stand in one table."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+
+from meshlib.observe import names
+from meshlib.observe.prometheus import Readings, render
+
+BUCKETS = [1, 2, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 3]
+
+
+def out(endpoint: str = "", **changes: Any) -> dict[str, Any]:
+    """A row as the engine gives it."""
+    return {
+        "service": "orders",
+        "endpoint": endpoint,
+        "requests": 10,
+        "failures": 3,
+        "retries": 2,
+        "ejections": 1,
+        "in_flight": 4,
+        "breaker": "open" if endpoint else "",
+        "ewma": 0.25,
+        "budget": 98.5,
+        "latency_buckets": BUCKETS,
+        "latency_sum": 47.5,
+        "codes": {"0": 1, "200": 7, "503": 2},
+    } | changes
+
+
+def came_in(**changes: Any) -> dict[str, Any]:
+    """A row as the gate gives it."""
+    return {
+        "service": "storefront",
+        "route": "/items/{id}",
+        "method": "GET",
+        "peer": "spiffe://shop.internal/ns/default/sa/orders",
+        "requests": 10,
+        "refused": 2,
+        "would_deny": 1,
+        "in_flight": 1,
+        "codes": {"200": 8, "403": 2},
+        "latency_buckets": BUCKETS,
+        "latency_sum": 47.5,
+    } | changes
+
+
+FULL = Readings(
+    engine=[out(), out("127.0.0.1:8101"), out("127.0.0.1:8102", breaker="half_open"), out(service="stock")],
+    gate=[came_in(), came_in(peer="", method="FROB")],
+    discover=[
+        {"service": "orders", "source": "dns", "endpoints": 2, "age": 7.5, "failures": 1, "is_held": True, "held": 3},
+        {"service": "stock", "source": "file", "endpoints": 0, "age": None, "failures": 9, "is_held": False, "held": 0},
+    ],
+    jobs=[("reload", 5, 1), ("rotate", 7, 0), ("reload", 2, 2)],
+    identity={"rotations": 2, "failures": 1, "not_after": 1_800_000_000.5, "spent": 0.25},
+    egress={"api.example.com": 4},
+    reloads=1,
+    reload_failures=2,
+    mesh="shop",
+    service="storefront",
+    version="1.2.3",
+    protocols={"stock": "grpc"},
+    scheme="https",
+)
+
+
+def value(text: str, name: str, **labels: str) -> float:
+    """The value of one sample, by an own, simple reading of the text."""
+    found = []
+    for line in text.splitlines():
+        if not line.startswith("#") and re.split(r"[{ ]", line, maxsplit=1)[0] == name:
+            pairs = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', line))
+            if pairs == labels:
+                found.append(float(line.rsplit(" ", 1)[1]))
+    (only,) = found
+    return only
+
+
+# ---------------------------------------------------------------------- what is told
+
+
+def test_calls_and_attempts_are_told_apart() -> None:
+    """What the application saw has the service only; what the wire saw has the endpoint, too."""
+    text = render(FULL)
+    assert value(text, "meshlib_route_requests_total", service="orders") == 10
+    assert value(text, "meshlib_retry_attempts_total", service="orders") == 2
+    assert value(text, "meshlib_retry_budget_remaining", service="orders") == 98.5
+    assert value(text, "meshlib_balance_requests_total", service="orders", endpoint="127.0.0.1:8101") == 10
+    assert value(text, "meshlib_balance_latency_seconds", service="orders", endpoint="127.0.0.1:8101") == 0.25
+    assert value(text, "meshlib_route_responses_total", service="orders", code="503") == 2
+    assert value(text, "meshlib_route_responses_total", service="orders", code="none") == 1
+
+
+def test_breaker_is_a_number_for_each_state() -> None:
+    """0 closed, 1 half open, 2 open, 3 isolated."""
+    text = render(Readings(engine=[out(f"h:{n}", breaker=word) for n, word in enumerate(names.BREAKER_STATES)]))
+    states = [value(text, "meshlib_admit_breaker_state", service="orders", endpoint=f"h:{n}") for n in range(4)]
+    assert dict(zip(names.BREAKER_STATES, states, strict=True)) == {"closed": 0, "half_open": 1, "open": 2, "isolated": 3}
+
+
+def test_endpoint_that_was_never_used_has_no_series() -> None:
+    """50,000 endpoints of which a process uses 50 are 50."""
+    idle = {"requests": 0, "failures": 0, "in_flight": 0, "ejections": 0, "breaker": "closed", "codes": {}}
+    text = render(
+        Readings(engine=[out(), out("used:1"), out("unused:1", **idle), out("isolated:1", **idle | {"breaker": "isolated"})])
+    )
+    assert "unused:1" not in text
+    assert "used:1" in text
+    assert "isolated:1" in text
+
+
+def test_histogram_is_cumulative_and_ends_with_all() -> None:
+    """Counts per bucket become counts up to the bucket; +Inf, _count and the sum of the counts agree."""
+    text = render(Readings(engine=[out()]))
+    at = {"http_request_method": "", "server_address": "orders"}
+    name = "http_client_request_duration_seconds"
+    read = [value(text, f"{name}_bucket", **at, le=le) for le in ("0.005", "0.01", "0.075", "0.1", "10.0", "+Inf")]
+    assert read == [1, 3, 3, 7, 7, 10]
+    assert (value(text, f"{name}_count", **at), value(text, f"{name}_sum", **at)) == (10, 47.5)
+
+
+def test_grpc_services_have_durations_of_rpc() -> None:
+    """The conventions know HTTP and RPC apart; the protocol is the configuration's."""
+    text = render(FULL)
+    assert value(text, "rpc_client_call_duration_seconds_count", rpc_system_name="grpc", server_address="stock") == 10
+    assert 'http_client_request_duration_seconds_count{http_request_method="",server_address="stock"}' not in text
+    text = render(Readings(gate=[came_in(method="/shop.Inventory/Reserve")]))
+    assert (
+        value(text, "rpc_server_call_duration_seconds_count", rpc_system_name="grpc", rpc_method="shop.Inventory/Reserve") == 10
+    )
+
+
+def test_calls_in_are_told_by_caller_and_durations_without() -> None:
+    """Who called is a label of our counters; OpenTelemetry's histogram has fewer labels, so rows are added up."""
+    peer = "spiffe://shop.internal/ns/default/sa/orders"
+    text = render(Readings(gate=[came_in(), came_in(peer="")], scheme="https"))
+    at = {"service": "storefront", "route": "/items/{id}", "method": "GET", "peer": peer}
+    assert value(text, "meshlib_secure_requests_total", **at) == 10
+    assert value(text, "meshlib_secure_refused_total", **at) == 2
+    assert value(text, "meshlib_secure_would_deny_total", **at) == 1
+    assert value(text, "meshlib_secure_responses_total", **at, code="403") == 2
+    seen = {"http_request_method": "GET", "http_route": "/items/{id}", "url_scheme": "https"}
+    assert value(text, "http_server_request_duration_seconds_count", **seen) == 20
+
+
+def test_statuses_of_grpc_are_words() -> None:
+    """Its 0 is OK, where that of HTTP is no answer; an unknown method of a gRPC service is a gRPC call all the same."""
+    codes = {"0": 5, "7": 2, "99": 1}
+    text = render(Readings(gate=[came_in(method="/shop.Inventory/Reserve", codes=codes)]))
+    assert re.findall(r'meshlib_secure_responses_total.*code="(.*)"} (\d+)', text) == [
+        ("OK", "5"),
+        ("PERMISSION_DENIED", "2"),
+        ("99", "1"),
+    ]
+    text = render(Readings(gate=[came_in(method="_OTHER", codes={"12": 1})], protocols={"storefront": "grpc"}))
+    assert 'code="UNIMPLEMENTED"} 1' in text
+    assert 'code="none"} 1' in render(Readings(gate=[came_in(codes={"0": 1})]))
+
+
+def test_route_of_a_duration_is_its_template() -> None:
+    """http.route is what the path matched; our own counters keep the route's name."""
+    text = render(Readings(gate=[came_in(route="items")], templates={"items": "/items/{id}"}))
+    assert 'http_route="/items/{id}"' in text
+    assert 'meshlib_secure_requests_total{service="storefront",route="items"' in text
+
+
+def test_method_that_nobody_defined_makes_no_series_of_its_own() -> None:
+    """Callers choose methods: unknown ones are one."""
+    assert 'http_server_request_duration_seconds_count{http_request_method="_OTHER"' in render(FULL)
+
+
+def test_discovery_tells_age_and_what_is_held_back() -> None:
+    """A service that never had an answer has no age."""
+    text = render(FULL)
+    assert value(text, "meshlib_discover_age_seconds", service="orders", source="dns") == 7.5
+    assert 'meshlib_discover_age_seconds{service="stock"' not in text
+    assert value(text, "meshlib_discover_held", service="orders", source="dns") == 1
+    assert value(text, "meshlib_discover_holds_total", service="orders", source="dns") == 3
+    assert value(text, "meshlib_discover_failures_total", service="stock", source="file") == 9
+
+
+def test_process_tells_identity_jobs_reloads_and_egress() -> None:
+    """Jobs of the same name, of several meshes in one process, are added up."""
+    text = render(FULL)
+    assert value(text, "meshlib_secure_rotations_total") == 2
+    assert value(text, "meshlib_secure_expiry_timestamp_seconds") == 1_800_000_000.5
+    assert value(text, "meshlib_observe_job_runs_total", job="reload") == 7
+    assert value(text, "meshlib_observe_job_failures_total", job="reload") == 3
+    assert value(text, "meshlib_observe_reload_failures_total") == 2
+    assert value(text, "meshlib_route_egress_total", host="api.example.com") == 4
+    assert value(text, "meshlib_observe_info", mesh="shop", service="storefront", version="1.2.3") == 1
+
+
+def test_process_without_identity_says_nothing_about_it() -> None:
+    """Mode observe without certificates: no metric with an invented value."""
+    assert "meshlib_secure_expiry" not in render(Readings())
+    without = {"rotations": 0, "failures": 3, "not_after": None, "spent": 0.0}
+    text = render(Readings(identity=without))
+    assert value(text, "meshlib_secure_rotation_failures_total") == 3
+    assert "meshlib_secure_expiry" not in text
+
+
+# ---------------------------------------------------------------------- how it is written
+
+
+def test_label_values_are_escaped() -> None:
+    """Quotes, backslashes and line ends in a value end neither the value nor the line."""
+    text = render(Readings(egress={'a"b\\c\nd': 1}))
+    assert 'meshlib_route_egress_total{host="a\\"b\\\\c\\nd"} 1\n' in text
+
+
+@pytest.mark.parametrize(
+    ("number", "written"), [(1, "1"), (0.5, "0.5"), (math.inf, "+Inf"), (-math.inf, "-Inf"), (math.nan, "NaN")]
+)
+def test_numbers_are_written_as_prometheus_reads_them(number: float, written: str) -> None:
+    """Whole numbers without a point, infinities and NaN with their words."""
+    assert f'meshlib_retry_budget_remaining{{service="orders"}} {written}\n' in render(Readings(engine=[out(budget=number)]))
+
+
+def test_table_of_names_keeps_its_rules() -> None:
+    """Ours begin with meshlib_ and a phase; counters end with _total, units stand in the name; each has a help and no
+    name twice.
+    """
+    phases = ("discover", "route", "retry", "balance", "admit", "secure", "observe")
+    seen = [metric.name for metric in names.METRICS]
+    assert len(set(seen)) == len(seen) > 30
+    for metric in names.METRICS:
+        assert metric.name.startswith((*(f"meshlib_{phase}_" for phase in phases), "http_", "rpc_"))
+        assert metric.name.endswith("_total") == (metric.kind == "counter")
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", metric.name)
+        assert metric.help.endswith(".")
+        assert not metric.unit or metric.name.endswith(f"_{metric.unit}")
+
+
+def test_every_metric_of_the_table_is_told() -> None:
+    """What stands in the table is what is exported: no row without a number, no number without a row."""
+    text = render(FULL) + render(Readings(gate=[came_in()], protocols={"storefront": "grpc"}))
+    told = set(re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE))
+    assert told == {metric.name for metric in names.METRICS}
+
+
+def samples(families: Any) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def test_prometheus_own_parser_reads_all_of_it() -> None:
+    """The parser of Prometheus' client: every family with its type, and both formats hold the same samples."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
+    openmetrics = pytest.importorskip("prometheus_client.openmetrics.parser", reason="prometheus-client is not installed")
+    plain = list(parser.text_string_to_metric_families(render(FULL)))
+    strict = list(openmetrics.text_string_to_metric_families(render(FULL, is_openmetrics=True)))
+    assert {family.type for family in plain} == {"counter", "gauge", "histogram"}
+    assert all(family.documentation for family in plain)
+    assert samples(plain) == samples(strict)
+    lines = [line for line in render(FULL).splitlines() if not line.startswith("#")]
+    assert len(samples(plain)) == len(lines)
+
+
+def test_prometheus_parser_gives_back_what_was_escaped() -> None:
+    """Round trip of a value with everything that needs escaping."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
+    host = 'a"b\\c\nd\\n'
+    (family,) = [f for f in parser.text_string_to_metric_families(render(Readings(egress={host: 1}))) if "egress" in f.name]
+    assert family.samples[0].labels == {"host": host}
