@@ -1,0 +1,380 @@
+"""What does a process hold of the mesh?
+
+One `Mesh`: the configuration, who we are, the two engines, and what feeds them. It hands out clients and middleware, and nothing
+else hangs on globals. Loading it does all that can fail at once and loudly (configuration, certificates, static endpoints),
+so that a request never has to wait for it later; the keeper's thread starts with the first client or server, not at import. It takes
+no decision about a call: the engines do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from ._native import core
+from .call import deadline
+from .client.way import OutboundWay
+
+if TYPE_CHECKING:
+    import grpc
+    import grpc.aio
+    import httpx
+
+    from .config import Config
+    from .secure import IdentityStore
+
+log = logging.getLogger("meshlib.mesh")
+
+# Seconds between two looks at the files of the configuration and of the identity: content is compared, no date is trusted.
+LOOK = 1.0
+
+
+class Mesh:
+    """The mesh as one process sees it. Make it with `Mesh.load`; it is safe to share between threads and event loops.
+
+    Attributes: `config` (what is in force), `service` (who we are), `engine` and `gate` (the decisions, out and in), `identity`
+    (our certificate, None in mode observe without one), `observer` (traces and metrics), `reloads` and `reload_failures`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        from .keeper import shared
+        from .observe import Observer
+
+        self.config = config
+        self.service = config.service
+        self.reloads = 0
+        self.reload_failures = 0
+        self._reload_error = ""
+        self.keeper = shared()
+        self._lock = threading.Lock()
+        self._reloading = threading.Lock()
+        self._started_in: int | None = None
+        self._is_ready = True
+        self._listener: Any = None
+        self._jobs: list[Any] = []
+        now = time.monotonic()
+        self.engine = core.Engine(secrets.randbits(64))
+        self.gate = core.Gate()
+        self.identity: IdentityStore | None = _identity_of(config)
+        self.engine.publish(config.client_plan(), now)
+        self.gate.publish(config.server_plan(), now)
+        self.observer = Observer(service=config.service, sample=config.own.observe.sample)
+        self.outbound = OutboundWay(self.engine, self.identity, self.observer)
+        from .discover import Directory
+
+        self.directory = Directory(self.engine, self.keeper)
+        self.directory.follow(config)
+        _tell(config)
+        _meshes.add(self)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | None = None, *, service: str | None = None) -> Mesh:
+        """Read the configuration, prove who we are, and find the endpoints that can be found at once.
+
+        `source` is a file, by default $MESHLIB_CONFIG and then ./mesh.yaml; `service` says which of its services this process is,
+        by default $MESHLIB_SERVICE. Raises `ConfigError` with every mistake at once, or `IdentityError`.
+        """
+        from .config import load
+
+        return cls(load(source, service=service))
+
+    # --- life
+
+    def start(self) -> Mesh:
+        """Start the keeper's work: rotation, discovery, reload, metrics. Called by whatever needs it; harmless to call again."""
+        with self._lock:
+            if self._started_in == os.getpid():
+                return self
+            is_forked = self._started_in is not None
+            self._started_in = os.getpid()
+            self._is_ready = True
+        if not is_forked:
+            # In a forked child they are still the keeper's; only its thread stayed with the parent.
+            self._jobs = [
+                self.keeper.every(LOOK, self._look_at_config, name="reload"),
+                self.keeper.every(LOOK, self._look_at_identity, name="rotate"),
+                *self.directory.jobs(),
+            ]
+        self.keeper.start()
+        address = os.environ.get("MESHLIB_METRICS") or self.config.own.observe.metrics
+        if address:
+            self._serve_metrics(address)
+        return self
+
+    def _serve_metrics(self, address: str) -> None:
+        from .observe.exporter import MetricsListener
+
+        listener = MetricsListener(address, self.metrics, is_ready=lambda: self._is_ready)
+        try:
+            listener.start(self.keeper)
+        except errors.ListenError as error:
+            # Workers of one service share the address, and the first has it: no reason to serve less than the first.
+            log.error("the metrics of process %d are not served: %s", os.getpid(), error)
+            return
+        self._listener = listener
+
+    def reload(self) -> bool:
+        """Take the configuration again if its file changed; True if a new one is in force.
+
+        What can't be used changes nothing: the old configuration keeps serving, and the error is raised (and counted).
+        """
+        from .config import load
+
+        with self._reloading:
+            try:
+                fresh = load(self.config.file, service=self.service)
+                if fresh.source != self.config.source:
+                    self._adopt(fresh)
+                elif self._reload_error:
+                    log.info("configuration %s can be used again", fresh.file)
+            except errors.MeshError:
+                self.reload_failures += 1
+                raise
+            self._reload_error = ""
+            if fresh is not self.config:
+                return False
+            self.reloads += 1
+        _tell(fresh)
+        log.info("configuration %s is in force", fresh.file)
+        return True
+
+    def drain(self) -> None:
+        """Take no new work: readiness goes false; what is under way goes on."""
+        self._is_ready = False
+
+    def close(self) -> None:
+        """End the keeper's work for this mesh. Clients made by it close their own connections."""
+        with self._lock:
+            for job in self._jobs:
+                job.cancel()
+            self._jobs = []
+            self._started_in = None
+            if self._listener is not None:
+                self._listener.stop()
+                self._listener = None
+
+    @property
+    def metrics_port(self) -> int | None:
+        """The port at which the metrics are, if they are."""
+        return self._listener.port if self._listener is not None else None
+
+    def metrics(self) -> str:
+        """Everything that is counted, as Prometheus text."""
+        return self.observer.prometheus(self)
+
+    # --- out
+
+    deadline = staticmethod(deadline)
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """An `httpx.AsyncClient` whose hosts may be services: ``await http.get("http://orders/items/7")``.
+
+        `options` are httpx's own. The mesh's deadline is in force unless a `timeout` is given.
+        """
+        import httpx
+
+        from .client.http import faces
+
+        options.setdefault("timeout", None)
+        options.setdefault("trust_env", False)
+        made: httpx.AsyncClient = faces(httpx).AsyncClient(self.outbound, self.transport(), **options)
+        return made
+
+    def sync_client(self, **options: Any) -> httpx.Client:
+        """The same as an `httpx.Client`, for threads."""
+        import httpx
+
+        from .client.http import faces
+
+        options.setdefault("timeout", None)
+        options.setdefault("trust_env", False)
+        made: httpx.Client = faces(httpx).Client(self.outbound, self.sync_transport(), **options)
+        return made
+
+    def transport(self) -> httpx.AsyncBaseTransport:
+        """The mesh as a transport, for an `httpx.AsyncClient` of your own."""
+        import httpx
+
+        from .client.http import faces
+
+        self.start()
+        made: httpx.AsyncBaseTransport = faces(httpx).AsyncTransport(self.outbound, self.config.egress)
+        return made
+
+    def sync_transport(self) -> httpx.BaseTransport:
+        """The mesh as a transport, for an `httpx.Client` of your own."""
+        import httpx
+
+        from .client.http import faces
+
+        self.start()
+        made: httpx.BaseTransport = faces(httpx).Transport(self.outbound, self.config.egress)
+        return made
+
+    def grpc_channel(self, service: str) -> grpc.aio.Channel:
+        """A `grpc.aio.Channel` to a service; generated stubs work unchanged."""
+        from .client.grpc import open_channel
+
+        return open_channel(self.start(), service)
+
+    def sync_grpc_channel(self, service: str) -> grpc.Channel:
+        """A `grpc.Channel` to a service."""
+        from .client.grpc import open_sync_channel
+
+        return open_sync_channel(self.start(), service)
+
+    def grpc_client_interceptors(self, service: str) -> Sequence[grpc.aio.ClientInterceptor]:
+        """Interceptors for a `grpc.aio` channel of your own: deadline, trace, limits and metrics, without balancing."""
+        from .client.grpc import client_interceptors
+
+        return client_interceptors(self.start(), service)
+
+    # --- in
+
+    def asgi(self, app: Any) -> Any:
+        """An ASGI application behind the mesh's inbound way."""
+        from .server.asgi import MeshASGI
+        from .server.door import way_into
+
+        return MeshASGI(app, way_into(self))
+
+    def wsgi(self, app: Any) -> Any:
+        """A WSGI application behind the mesh's inbound way."""
+        from .server.door import way_into
+        from .server.wsgi import MeshWSGI
+
+        return MeshWSGI(app, way_into(self))
+
+    def serve(self, app: Any, *, listen: str | None = None, port: int | None = None, workers: int = 1, threads: int = 8) -> None:
+        """Serve an ASGI or WSGI application until it is told to stop, with the service's own certificate.
+
+        `listen` is "host:port", by default the service's `listen` in mesh.yaml; `port` alone listens on all interfaces.
+        Raises `ListenError`.
+        """
+        from .server.serve import serve
+
+        if listen is None and port is not None:
+            listen = f"0.0.0.0:{port}"
+        serve(self, app, listen=listen, workers=workers, threads=threads)
+
+    def grpc_server_interceptors(self) -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
+        """Interceptors for a `grpc.aio.server`: identity, authorisation, deadline, limits, metrics."""
+        from .server.grpc import server_interceptors
+
+        return server_interceptors(self.start())
+
+    def sync_grpc_server_interceptors(self) -> Sequence[grpc.ServerInterceptor[Any, Any]]:
+        """The same for a `grpc.server`."""
+        from .server.grpc import sync_server_interceptors
+
+        return sync_server_interceptors(self.start())
+
+    def add_grpc_port(self, server: Any, address: str, *, plain: str | None = None) -> int:
+        """Listen on an address with the service's own certificate, which rotates by itself; returns the port."""
+        from .server.grpc import add_port
+
+        return add_port(self.start(), server, address, plain=plain)
+
+    # --- the keeper's work
+
+    def _look_at_config(self) -> None:
+        try:
+            self.reload()
+        except errors.MeshError as error:
+            # Looked at each second: told once, and again when it becomes another mistake.
+            if str(error) != self._reload_error:
+                self._reload_error = str(error)
+                log.error("the changed configuration can't be used, the old one stays in force:\n%s", error)
+
+    def _look_at_identity(self) -> None:
+        if self.identity is not None:
+            self.identity.refresh(time.time())
+
+    def _adopt(self, fresh: Config) -> None:
+        """Everything of a new configuration, or nothing: what can fail comes first."""
+        now = time.monotonic()
+        client_plan, server_plan = fresh.client_plan(), fresh.server_plan()
+        identity = self.identity if _same_source(self.config, fresh) else _identity_of(fresh)
+        core.Engine(0).publish(client_plan, now)
+        core.Gate().publish(server_plan, now)
+        go_through_with_it = self.directory.prepare(fresh)
+        self.engine.publish(client_plan, now)
+        self.gate.publish(server_plan, now)
+        self.identity = self.outbound.identity = identity
+        self.config = fresh
+        go_through_with_it()
+
+    def _after_fork(self) -> None:
+        self.outbound.wake = self._wake
+        self._listener = None
+        # The parent's choices are not repeated, and its permits and TLS sessions are not ours.
+        self.engine.reseed(secrets.randbits(64))
+        self.gate.reset()
+        self._lock, self._reloading = threading.Lock(), threading.Lock()
+        if self.identity is not None:
+            self.identity.after_fork()
+
+    def _wake(self) -> None:
+        """In a forked child: the keeper's thread stayed with the parent."""
+        self.outbound.wake = None
+        if self._started_in is not None:
+            self.start()
+
+    def __repr__(self) -> str:
+        serial = self.identity.current.serial if self.identity is not None and self.identity.current is not None else None
+        return f"<Mesh {self.config.name} service={self.service} mode={self.config.own.mode} certificate={serial}>"
+
+
+# Those of this process; a mesh that nobody holds any more is not kept alive for the sake of a fork.
+_meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for mesh in tuple(_meshes):
+        mesh._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _tell(config: Config) -> None:
+    """What is allowed, but inert or dangerous, is said once per configuration, by the process that it concerns."""
+    for warning in config.warnings:
+        if not warning.key.startswith("services.") or warning.key.startswith(f"services.{config.service}."):
+            log.warning("%s", warning)
+
+
+def _identity_of(config: Config) -> IdentityStore | None:
+    folder: Path | None = config.identity_folder
+    if folder is None:
+        return None
+    from .secure import FolderSource, IdentityStore
+
+    own = config.own
+    store = IdentityStore(FolderSource(folder, own.name, config.trust_domain, own.identity), mode=own.mode)
+    if own.mode == "observe":
+        # Nothing asks for it yet: a service may be configured before its certificate is there.
+        try:
+            store.refresh(time.time())
+        except errors.IdentityError as error:
+            log.warning("mode observe goes on without an identity: %s", error)
+    else:
+        store.require(time.time())
+    return store
+
+
+def _same_source(old: Config, new: Config) -> bool:
+    return (old.identity_folder, old.own.identity, old.trust_domain, old.own.mode) == (
+        new.identity_folder,
+        new.own.identity,
+        new.trust_domain,
+        new.own.mode,
+    )
