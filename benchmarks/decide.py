@@ -1,0 +1,180 @@
+"""What do the mesh's decisions on one call cost, however large the mesh is?
+
+`begin`, `next`, `head` and `finish` of the engine, called from Python as the client's way calls them: route, balance, breaker, limits,
+budget, record, and the seam between the languages. No bytes are moved. `meshlib` is the default policy (peak-EWMA); `begin` … `finish` are
+its parts, measured over 64 calls in flight. An empty native call, and the loop around it, are taken off once. `rss_mb` is
+what the plan and the endpoints hold. What Python does around the engine is in `client.py` (`meshlib-way`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from .harness import Comparison, Results, Run, in_process
+from .peers import Peers
+
+PRIMARY = "ns"
+# `begin` … `finish` are parts of a call, not rivals.
+HAS_RATIOS = False
+# Services, and endpoints of each; a service has two routes in the first case.
+CASES: Final = {"call/10k-routes-50k-endpoints": (5_000, 2, 10), "call/1-route-10-endpoints": (1, 1, 10)}
+PARTS: Final = ("begin", "next", "head", "finish")
+# Calls of one measured block, and calls in flight where the parts are measured.
+BLOCK: Final = 2_048
+FLIGHT: Final = 64
+
+
+def runs(peers: Peers) -> list[Run]:
+    return [
+        Run(
+            case,
+            mode,
+            in_process(
+                "benchmarks.decide:work",
+                mode=mode,
+                size=size,
+                config=lambda: peers.mesh([], is_private=False),
+            ),
+        )
+        for case, size in CASES.items()
+        for mode in ("meshlib", "round_robin", *PARTS)
+    ]
+
+
+def compared(results: Results) -> list[Comparison]:
+    large, small = CASES
+    found: tuple[tuple[str, float | None, str], ...] = (
+        (f"ns: {large} / {small}", results.ratio((large, "meshlib"), (small, "meshlib"), "ns"), "what the caches cost"),
+        *(
+            (f"ns: round_robin / peak-EWMA, {case}", results.ratio((case, "round_robin"), (case, "meshlib"), "ns"), "")
+            for case in CASES
+        ),
+    )
+    return [Comparison(label, ratio, wanted) for label, ratio, wanted in found if ratio is not None]
+
+
+# --- in the worker
+
+HEADERS = [
+    (b"Host", b"orders"),
+    (b"Accept", b"*/*"),
+    (b"Accept-Encoding", b"gzip, deflate"),
+    (b"Connection", b"keep-alive"),
+    (b"User-Agent", b"python-httpx/0.28.1"),
+]
+
+
+def work(mode: str, size: tuple[int, int, int], config: str, seconds: float) -> dict[str, float]:
+    from meshlib._native import core
+
+    services, routes, endpoints = size
+    plan = _plan(config, services, routes, "round_robin" if mode == "round_robin" else "peak_ewma")
+    before = _resident()
+    engine = core.Engine(1)
+    engine.publish(plan, 0.0)
+    for n in range(services):
+        addresses: list[tuple[str, float, str, dict[str, str], str]] = [
+            (f"10.{n >> 8}.{n & 255}.{k}:8443", 1.0, "", {}, "") for k in range(1, endpoints + 1)
+        ]
+        engine.resolve(f"service-{n}", 1, addresses, 0.0)
+    held = _resident() - before
+    source = random.Random(1)
+    paths = ("/items/7", "/") if routes > 1 else ("/items/7",)
+    targets = [(f"service-{source.randrange(services)}", source.choice(paths)) for _ in range(BLOCK)]
+    if mode in PARTS:
+        return {"ns": _part(core, engine, targets, mode, seconds)}
+    return {"ns": _whole(core, engine, targets, seconds), "rss_mb": held / 1e6}
+
+
+def _plan(config: str, services: int, routes: int, policy: str) -> bytes:
+    """The plan of one service as the configuration makes it, many times over: every field is what a user gets."""
+    from meshlib.config import load
+
+    one = next(s for s in json.loads(load(Path(config), service="me").client_plan())["services"] if s["name"] == "orders")
+    one["routes"] = one["routes"][-routes:]
+    one["balance"]["policy"] = policy
+    every = []
+    for n in range(services):
+        name = f"service-{n}"
+        named = [{**route, "name": f"{name}/{k}"} for k, route in enumerate(one["routes"])]
+        every.append({**one, "name": name, "hosts": [name], "routes": named})
+    return json.dumps({"services": every}).encode()
+
+
+def _whole(core: Any, engine: Any, targets: list[tuple[str, str]], seconds: float) -> float:
+    begin, response, clock = engine.begin, core.OUTCOME_RESPONSE, time.perf_counter_ns
+    now = 1.0
+
+    def block() -> int:
+        nonlocal now
+        begun = clock()
+        for authority, path in targets:
+            now += 0.00002
+            call = begin(authority, "GET", path, HEADERS, now, None, None, True, 0)
+            token = call.next(now)[1]
+            call.head(token, response, 200, now + 0.001, -1.0)
+            call.finish(token, response, now + 0.001)
+        return clock() - begun
+
+    # As near to an empty native call as the seam has: a method that finds nothing to give.
+    pending = core.HttpConnection(None, "", "127.0.0.1:1").pending
+
+    def empty() -> int:
+        nonlocal now
+        begun = clock()
+        for authority, path in targets:
+            now += 0.00002
+            pending()
+        return clock() - begun
+
+    block()
+    blocks: list[int] = []
+    empties: list[int] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or not blocks:
+        blocks.append(block())
+        empties.append(empty())
+    return (statistics.median(blocks) - statistics.median(empties)) / BLOCK
+
+
+def _part(core: Any, engine: Any, targets: list[tuple[str, str]], part: str, seconds: float) -> float:
+    begin, response, clock = engine.begin, core.OUTCOME_RESPONSE, time.perf_counter_ns
+    now = 1.0
+    took: dict[str, list[int]] = {part: [] for part in PARTS}
+
+    def flight(some: list[tuple[str, str]]) -> None:
+        nonlocal now
+        now += 0.001
+        later = now + 0.001
+        marks = [clock()]
+        calls = [begin(authority, "GET", path, HEADERS, now, None, None, True, 0) for authority, path in some]
+        marks.append(clock())
+        tokens = [call.next(now)[1] for call in calls]
+        pairs = list(zip(calls, tokens, strict=True))
+        marks.append(clock())
+        for call, token in pairs:
+            call.head(token, response, 200, later, -1.0)
+        marks.append(clock())
+        for call, token in pairs:
+            call.finish(token, response, later)
+        marks.append(clock())
+        for name, first, last in zip(PARTS, marks[:-1], marks[1:], strict=True):
+            took[name].append(last - first)
+
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or not took[part]:
+        for first in range(0, BLOCK, FLIGHT):
+            flight(targets[first : first + FLIGHT])
+    return statistics.median(took[part]) / FLIGHT
+
+
+def _resident() -> float:
+    with contextlib.suppress(OSError):
+        return float(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return 0.0

@@ -1,0 +1,136 @@
+"""What happens in the process of one mode?
+
+It reads one job from stdin, does it, and prints one JSON object. Clients are driven by `drive` (on an event loop) or
+`drive_threads`: callers that each ask again as soon as they have their answer (a closed loop), first to warm up, then for a measured
+time. CPU is that of the whole process, so that a library's own threads count. The same two reads of the clock and the same check of
+the answer are in every mode's figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import importlib
+import json
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+from .peers import ANSWER, Absent
+
+# No more calls than this in one measurement: the latencies are kept, and the sockets of peers are not endless.
+MOST: Final = 400_000
+LENGTH: Final = len(ANSWER)
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    module, _, function = task["work"].partition(":")
+    try:
+        result = getattr(importlib.import_module(module), function)(**task["job"])
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("benchmarks", "meshlib")):
+            raise
+        result = {"absent": f"the package {error.name} is not installed"}
+    except Absent as reason:
+        result = {"absent": str(reason)}
+    print(json.dumps(result))
+
+
+def on_loop(loop: str, main: Callable[[], Awaitable[dict[str, float]]]) -> dict[str, float]:
+    """Run on "uvloop" or "asyncio"."""
+    factory: Any = None
+    if loop == "uvloop":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+
+    async def run() -> dict[str, float]:
+        return await main()
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(run())
+
+
+async def drive(calls: Sequence[Callable[[], Awaitable[bytes]]], seconds: float) -> dict[str, float]:
+    """One task for each of `calls`, all at once."""
+
+    async def ask(call: Callable[[], Awaitable[bytes]], end: float, least: int, most: int, took: array[float]) -> None:
+        clock = time.perf_counter
+        count, now = 0, clock()
+        while (now < end and count < most) or count < least:
+            begun = now
+            if len(await call()) != LENGTH:
+                raise RuntimeError("a wrong answer")
+            now = clock()
+            took.append(now - begun)
+            count += 1
+
+    async def phase(seconds: float, least: int) -> tuple[array[float], float]:
+        took: array[float] = array("d")
+        begun = time.perf_counter()
+        await asyncio.gather(*(ask(call, begun + seconds, least, MOST // len(calls), took) for call in calls))
+        return took, time.perf_counter() - begun
+
+    await phase(min(0.5, seconds / 2), 3)
+    gc.collect()
+    cpu = time.process_time()
+    took, wall = await phase(seconds, 1)
+    return figures(took, wall, time.process_time() - cpu)
+
+
+def drive_threads(calls: Sequence[Callable[[], bytes]], seconds: float) -> dict[str, float]:
+    """One thread for each of `calls`, all at once."""
+    failures: list[BaseException] = []
+
+    def ask(call: Callable[[], bytes], end: float, least: int, most: int, took: array[float]) -> None:
+        clock = time.perf_counter
+        count, now = 0, clock()
+        try:
+            while (now < end and count < most) or count < least:
+                begun = now
+                if len(call()) != LENGTH:
+                    raise RuntimeError("a wrong answer")
+                now = clock()
+                took.append(now - begun)
+                count += 1
+        except BaseException as error:
+            failures.append(error)
+
+    def phase(seconds: float, least: int) -> tuple[array[float], float]:
+        took: array[float] = array("d")
+        begun = time.perf_counter()
+        threads = [threading.Thread(target=ask, args=(call, begun + seconds, least, MOST // len(calls), took)) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return took, time.perf_counter() - begun
+
+    phase(min(0.5, seconds / 2), 3)
+    gc.collect()
+    cpu = time.process_time()
+    took, wall = phase(seconds, 1)
+    return figures(took, wall, time.process_time() - cpu)
+
+
+def figures(took: array[float], wall: float, cpu: float) -> dict[str, float]:
+    ordered = sorted(took)
+    count = len(ordered)
+    return {
+        "rps": count / wall,
+        "cpu_us": cpu / count * 1e6,
+        "p50_us": ordered[count // 2] * 1e6,
+        "p99_us": ordered[min(count - 1, count * 99 // 100)] * 1e6,
+    }
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()
