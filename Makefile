@@ -17,7 +17,7 @@ help: ## what can be made
 # --- the environment, in three layers: what runs, what tests, what was built
 
 .venv/run: .ci/run.in .ci/constraints.txt
-	@echo "== environment (.venv)"
+	@echo "== environment (.venv; about a minute)"
 	@$(PYTHON) -c 'import sys; sys.exit("meshlib needs Python 3.11 or newer, this is %s: set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@command -v cargo >/dev/null || { echo "meshlib is built with Rust: install rustup (cargo 1.83 or newer) first"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,13 +25,13 @@ help: ## what can be made
 	@touch $@
 
 .venv/test: .ci/test.in .ci/constraints.txt .venv/run
-	@echo "== test dependencies (.venv)"
+	@echo "== test dependencies (.venv; about a minute)"
 	@$(PIP) -r .ci/test.in
 	@touch $@
 
 .venv/built: pyproject.toml .venv/run $(RUST_FILES)
-	@echo "== native core (release)"
-	@$(BIN)/maturin develop --release --locked --quiet
+	@echo "== native core (release; some minutes the first time)"
+	@PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/maturin develop --release --locked
 	@$(PIP) --no-deps --no-build-isolation -e integrations/fastapi -e integrations/flask
 	@touch $@
 
