@@ -12,7 +12,7 @@ loads neither pydantic, httpx nor grpc: they come when they are used.
 from __future__ import annotations
 
 from ._native import EXPECTED as __version__
-from .call import Call, Peer, current_call, deadline, peer, remaining
+from .call import Call, CallPolicy, Peer, current_call, deadline, peer, policy, remaining
 from .errors import (
     AttemptFailed,
     AttemptTimeout,
@@ -44,6 +44,7 @@ __all__ = [
     "AttemptFailed",
     "AttemptTimeout",
     "Call",
+    "CallPolicy",
     "CircuitOpen",
     "ConfigError",
     "ConnectFailed",
@@ -71,5 +72,6 @@ __all__ = [
     "current_call",
     "deadline",
     "peer",
+    "policy",
     "remaining",
 ]

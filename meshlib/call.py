@@ -77,6 +77,55 @@ class Call:
         return f"<Call {self.method} {self.service}{self.target} route={self.route} attempts={self.attempts}>"
 
 
+@dataclass(frozen=True, slots=True)
+class CallPolicy:
+    """What one call asks for beyond the configuration. None leaves it to the route.
+
+    `idempotent`: may it be done twice? `timeout`: seconds for the whole call, in place of the route's deadline. `retries`: how often
+    it may be sent again, 0 to 10; the budget stays in force. `hedge`: seconds, at most 60, that an attempt may be without an answer
+    before a second one goes to another endpoint; the first good answer counts, and the other attempt is cancelled. `zone`: endpoints
+    of this zone first; the others only when none of it is healthy and untried. A zone that discovery doesn't know changes nothing.
+
+    A call is hedged once at most, and only if it is idempotent, its body is in memory, nobody further up is retrying, and the budget
+    of retries has one left. The hedge is none of the `retries`: with 0 of them there is still one hedge, and after a failure of both
+    attempts the retries are still there. A blocking client has one thread, so that it can't wait for two answers: it doesn't hedge.
+    The call's record says why there was none.
+
+    Raises `ValueError` for what is out of range.
+    """
+
+    idempotent: bool | None = None
+    timeout: float | None = None
+    retries: int | None = None
+    hedge: float | None = None
+    zone: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not 0 < self.timeout <= 86400:
+            raise ValueError(f"timeout={self.timeout!r}: seconds above 0, at most 86400, are expected")
+        if self.retries is not None and not 0 <= self.retries <= 10:
+            raise ValueError(f"retries={self.retries!r}: a number from 0 to 10 is expected")
+        if self.hedge is not None and not 0 < self.hedge <= 60:
+            raise ValueError(f"hedge={self.hedge!r}: seconds above 0, at most 60, are expected")
+        if self.zone is not None and (not isinstance(self.zone, str) or not self.zone):
+            raise ValueError(f"zone={self.zone!r}: the name of a zone is expected, or None for any")
+
+
+NO_POLICY = CallPolicy()
+
+
+def policy(
+    *,
+    idempotent: bool | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+    hedge: float | None = None,
+    zone: str | None = None,
+) -> dict[str, CallPolicy]:
+    """A `CallPolicy` in the form that httpx takes: ``http.post(url, extensions=meshlib.policy(idempotent=True))``."""
+    return {"meshlib.policy": CallPolicy(idempotent, timeout, retries, hedge, zone)}
+
+
 current_peer: ContextVar[Peer | None] = ContextVar("meshlib.peer", default=None)
 current_entry: ContextVar[core.Entry | None] = ContextVar("meshlib.entry", default=None)
 # In which attempt of our caller we run; above 0 the caller retries, and we must not.

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import errors
@@ -26,7 +27,7 @@ from .client.way import OutboundWay
 if TYPE_CHECKING:
     import grpc
     import grpc.aio
-    import httpx
+    from httpx import AsyncBaseTransport, AsyncClient, BaseTransport, Client
 
     from .config import Config
     from .secure import IdentityStore
@@ -68,6 +69,7 @@ class Mesh:
         self.gate.publish(config.server_plan(), now)
         self.observer = Observer(service=config.service, sample=config.own.observe.sample)
         self.outbound = OutboundWay(self.engine, self.identity, self.observer)
+        self.outbound.egress = config.egress
         from .discover import Directory
 
         self.directory = Directory(self.engine, self.keeper)
@@ -101,6 +103,7 @@ class Mesh:
             self._jobs = [
                 self.keeper.every(LOOK, self._look_at_config, name="reload"),
                 self.keeper.every(LOOK, self._look_at_identity, name="rotate"),
+                self.keeper.every(LOOK, self._look_at_connections, name="sweep"),
                 *self.directory.jobs(),
             ]
         self.keeper.start()
@@ -174,50 +177,65 @@ class Mesh:
 
     deadline = staticmethod(deadline)
 
-    def client(self, **options: Any) -> httpx.AsyncClient:
+    def client(self, *, httpx: ModuleType | None = None, **options: Any) -> AsyncClient:
         """An `httpx.AsyncClient` whose hosts may be services: ``await http.get("http://orders/items/7")``.
 
-        `options` are httpx's own. The mesh's deadline is in force unless a `timeout` is given.
+        `options` are httpx's own. The mesh's deadline is in force unless a `timeout` is given. `verify`, `cert`, `proxy`, `limits`,
+        `trust_env` and `http1` are about hosts outside the mesh, `http2` about both. `mounts` take calls from the mesh where they
+        match, and a `transport` of your own takes all, as httpx documents. With ``httpx=httpx2`` it is a client of that module.
         """
-        import httpx
-
         from .client.http import faces
 
-        options.setdefault("timeout", None)
-        options.setdefault("trust_env", False)
-        made: httpx.AsyncClient = faces(httpx).AsyncClient(self.outbound, self.transport(), **options)
+        module = _httpx(httpx)
+        made: AsyncClient
+        if options.get("transport") is not None:
+            made = module.AsyncClient(**options)
+        else:
+            network, rest = _laid_out(options)
+            made = faces(module).AsyncClient(self.outbound, self.transport(httpx=module, **network), **rest)
         return made
 
-    def sync_client(self, **options: Any) -> httpx.Client:
+    def sync_client(self, *, httpx: ModuleType | None = None, **options: Any) -> Client:
         """The same as an `httpx.Client`, for threads."""
-        import httpx
-
         from .client.http import faces
 
-        options.setdefault("timeout", None)
-        options.setdefault("trust_env", False)
-        made: httpx.Client = faces(httpx).Client(self.outbound, self.sync_transport(), **options)
+        module = _httpx(httpx)
+        made: Client
+        if options.get("transport") is not None:
+            made = module.Client(**options)
+        else:
+            network, rest = _laid_out(options)
+            made = faces(module).Client(self.outbound, self.sync_transport(httpx=module, **network), **rest)
         return made
 
-    def transport(self) -> httpx.AsyncBaseTransport:
-        """The mesh as a transport, for an `httpx.AsyncClient` of your own."""
-        import httpx
-
+    def transport(self, *, httpx: ModuleType | None = None, **network: Any) -> AsyncBaseTransport:
+        """The mesh as a transport, for an `httpx.AsyncClient` of your own; `network` as `client` takes it."""
         from .client.http import faces
 
         self.start()
-        made: httpx.AsyncBaseTransport = faces(httpx).AsyncTransport(self.outbound, self.config.egress)
+        made: AsyncBaseTransport = faces(_httpx(httpx)).AsyncTransport(self.outbound, **network)
         return made
 
-    def sync_transport(self) -> httpx.BaseTransport:
+    def sync_transport(self, *, httpx: ModuleType | None = None, **network: Any) -> BaseTransport:
         """The mesh as a transport, for an `httpx.Client` of your own."""
-        import httpx
-
         from .client.http import faces
 
         self.start()
-        made: httpx.BaseTransport = faces(httpx).Transport(self.outbound, self.config.egress)
+        made: BaseTransport = faces(_httpx(httpx)).Transport(self.outbound, **network)
         return made
+
+    def service_of(self, host: str) -> str | None:
+        """The Service that the host of a URL names; None for a host outside the mesh."""
+        return self.engine.service_of(host)
+
+    def leave(self, host: str) -> None:
+        """What stands in for httpx asks before it calls a host outside the mesh, which is then counted.
+
+        Raises `UnknownService` for a bare name, and `Denied` where `egress: deny` is configured.
+        """
+        from .client.egress import leave
+
+        leave(self.outbound, host)
 
     def grpc_channel(self, service: str) -> grpc.aio.Channel:
         """A `grpc.aio.Channel` to a service; generated stubs work unchanged."""
@@ -298,6 +316,10 @@ class Mesh:
         if self.identity is not None:
             self.identity.refresh(time.time())
 
+    def _look_at_connections(self) -> None:
+        for carrier in tuple(self.outbound.carriers):
+            carrier.sweep()
+
     def _adopt(self, fresh: Config) -> None:
         """Everything of a new configuration, or nothing: what can fail comes first."""
         now = time.monotonic()
@@ -309,6 +331,7 @@ class Mesh:
         self.engine.publish(client_plan, now)
         self.gate.publish(server_plan, now)
         self.identity = self.outbound.identity = identity
+        self.outbound.egress = fresh.egress
         self.config = fresh
         go_through_with_it()
 
@@ -318,6 +341,7 @@ class Mesh:
         # The parent's choices are not repeated, and its permits and TLS sessions are not ours.
         self.engine.reseed(secrets.randbits(64))
         self.gate.reset()
+        self.outbound.ledger.forget()
         self._lock, self._reloading = threading.Lock(), threading.Lock()
         if self.identity is not None:
             self.identity.after_fork()
@@ -331,6 +355,24 @@ class Mesh:
     def __repr__(self) -> str:
         serial = self.identity.current.serial if self.identity is not None and self.identity.current is not None else None
         return f"<Mesh {self.config.name} service={self.service} mode={self.config.own.mode} certificate={serial}>"
+
+
+def _httpx(module: ModuleType | None) -> ModuleType:
+    if module is None:
+        import httpx
+
+        return httpx
+    return module
+
+
+def _laid_out(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A client's options: those of its transport, and those of httpx's own constructor."""
+    from .client.http import NETWORK
+
+    network = {name: options[name] for name in NETWORK if name in options}
+    rest = {name: value for name, value in options.items() if name not in {*NETWORK, "transport"}}
+    # httpx's own look at the environment can't find a proxy for a Service, since a transport is given: egress looks there itself.
+    return network, {**rest, "trust_env": network.get("trust_env", True)}
 
 
 # Those of this process; a mesh that nobody holds any more is not kept alive for the sake of a fork.

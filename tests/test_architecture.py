@@ -142,7 +142,12 @@ def test_core_and_wire_know_no_python_and_no_runtime() -> None:
     """The crates' own boundaries: pyo3 only in the binding, tokio's runtime nowhere but in the proxy."""
     for name in ("core", "wire"):
         needs = set(crate(name)["dependencies"])  # type: ignore[call-overload]
-        assert needs & {"pyo3", "tokio", "hyper", "mesh-core", "mesh-wire", "mesh-binding"} == set()
+        assert needs & {"pyo3", "hyper", "mesh-core", "mesh-wire", "mesh-binding"} == set()
+    # The wire implements tokio's traits for `h2`, which it polls by hand. What is compiled: tests/wire/test_http2_runtime.py.
+    assert "tokio" not in crate("core")["dependencies"]  # type: ignore[operator]
+    workspace = tomllib.loads((PACKAGE / "_native" / "Cargo.toml").read_text())["workspace"]["dependencies"]
+    assert workspace["tokio"] == {"version": "1", "default-features": False}
+    assert crate("wire")["dependencies"]["tokio"] == {"workspace": True}  # type: ignore[index]
     assert "mesh-wire" not in crate("core")["dependencies"]  # type: ignore[operator]
 
 

@@ -22,7 +22,7 @@ def test_the_mesh_offers_what_the_readme_shows() -> None:
     public = sorted(name for name, _ in inspect.getmembers(meshlib.Mesh) if not name.startswith("_"))
     assert public == [
         "add_grpc_port", "asgi", "client", "close", "deadline", "drain", "grpc_channel", "grpc_client_interceptors", "grpc_server_interceptors",
-        "load", "metrics", "metrics_port", "reload", "serve", "start", "sync_client", "sync_grpc_channel",
+        "leave", "load", "metrics", "metrics_port", "reload", "serve", "service_of", "start", "sync_client", "sync_grpc_channel",
         "sync_grpc_server_interceptors", "sync_transport", "transport", "wsgi",
     ]  # fmt: skip
 

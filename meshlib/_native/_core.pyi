@@ -12,13 +12,21 @@ from _typeshed import ReadableBuffer
 _Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 __all__ = [
+    "AWAIT",
+    "CONVERSE_CLOSED",
+    "CONVERSE_DONE",
+    "CONVERSE_EARLY",
+    "CONVERSE_INTERRUPTED",
+    "CONVERSE_LATE",
     "DELIVER",
     "EVENT_BODY",
     "EVENT_CLOSED",
     "EVENT_END",
     "EVENT_HEAD",
     "EVENT_OPEN",
+    "EVENT_RESET",
     "EVENT_RESPONSE",
+    "EVENT_WRITABLE",
     "OUTCOME_CANCELLED",
     "OUTCOME_IDENTITY",
     "OUTCOME_PROTOCOL",
@@ -52,6 +60,8 @@ WAIT: int
 SEND: int
 DELIVER: int
 RETRY: int
+# Both of a step and of a judgement: another attempt is under way.
+AWAIT: int
 
 # What became of an attempt, as the driver saw it. One list for Rust and Python (core/src/model.rs, `Outcome`).
 OUTCOME_RESPONSE: int
@@ -86,6 +96,10 @@ class Engine:
         idempotent: bool | None = None,
         replayable: bool = True,
         attempt: int = 0,
+        timeout: float | None = None,
+        retries: int | None = None,
+        hedge: float | None = None,
+        zone: str | None = None,
     ) -> Call: ...
     def isolate(self, service: str, address: str, isolated: bool, now: float) -> bool: ...
     def reseed(self, seed: int) -> None: ...
@@ -103,13 +117,20 @@ class Call:
     @property
     def connect_timeout(self) -> float: ...
     @property
+    def stream_idle(self) -> float: ...
+    @property
     def is_idempotent(self) -> bool: ...
     @property
     def attempt(self) -> int: ...
     @property
     def has_attempts_left(self) -> bool: ...
-    def next(self, now: float) -> tuple[Any, ...]: ...  # (WAIT, seconds) or (SEND, token, address, identity)
-    def head(self, token: int, outcome: int, status: int, now: float, retry_after: float = ...) -> int: ...
+    def next(self, now: float) -> tuple[Any, ...]: ...  # (WAIT, seconds), (SEND, token, address, identity, is_http2) or (AWAIT,)
+    def hedge(self, now: float, can_overlap: bool = True) -> float | None:
+        """Seconds until a second attempt goes out beside the one under way; 0.0: now, and `next` names it. None: there will be none."""
+    def headers(self, given: _Headers, now: float, end: float, trace: _Headers | None, sample: float) -> _Headers:
+        """The caller's headers with ours: deadline (unless `end` is ages away), attempt, and the trace (None: a new one)."""
+    def head(self, token: int, outcome: int, status: int, now: float, retry_after: float = ..., is_whole: bool = False) -> int:
+        """`is_whole`: the body is here too, so that an answer that is delivered ends the call."""
     def finish(self, token: int, outcome: int, now: float) -> None: ...
     def abandon(self, now: float) -> None: ...
     def record(self) -> dict[str, Any]: ...
@@ -164,20 +185,45 @@ def parse_spiffe_id(text: str) -> tuple[str, str]: ...
 
 # ---------------------------------------------------------------- bytes (binding/src/wire.rs)
 
-EVENT_OPEN: int  # (kind,): the handshake is done and the peer is who it must be; without TLS open() opens at once, without event
-EVENT_HEAD: int  # (kind, status, http_minor, reason, headers): names in lower case
+# (kind,): the handshake is done and the peer is who it must be. Without TLS HTTP/1.1 is open after open(), without event, and
+# HTTP/2 when the peer's SETTINGS have come.
+EVENT_OPEN: int
+EVENT_HEAD: (
+    int  # (kind, status, http_minor, reason, headers): names in lower case; the minor is 20 for HTTP/2, which has no reason
+)
 EVENT_BODY: int  # (kind, data)
 EVENT_END: int  # (kind, is_reusable, trailers)
 EVENT_RESPONSE: int  # (kind, status, http_minor, reason, headers, body, is_reusable): a whole answer within one call
 EVENT_CLOSED: int  # (kind,): the idle connection was closed by the peer, or got bytes that nobody asked for
+EVENT_WRITABLE: int  # (kind,): HTTP/2: what the peer's window held up is out, and more may be sent
+EVENT_RESET: (
+    int  # (kind, error): HTTP/2: a stream ended without a whole answer; reason send.unwritten means that it was not processed
+)
+
+# Why `HttpConnection.converse` came back
+CONVERSE_DONE: int  # there are events, or everything is written
+CONVERSE_EARLY: int  # there are events, but the peer spoke before it had taken everything
+CONVERSE_LATE: int  # the time is over
+CONVERSE_CLOSED: int  # the peer ended the connection
+CONVERSE_INTERRUPTED: int  # a signal: call again after Python has handled it
 
 @final
 class TlsClient:
     """The client side of one generation of identity: our SVID, the bundles, and the session tickets won with them."""
-    def __new__(cls, chain: bytes | None, key: bytes | None, bundles: Mapping[str, bytes], generation: int) -> TlsClient: ...
+    def __new__(
+        cls,
+        chain: bytes | None,
+        key: bytes | None,
+        bundles: Mapping[str, bytes],
+        generation: int,
+        before: TlsClient | None = None,  # whose counters go on; nothing else is taken over
+    ) -> TlsClient: ...
     @property
     def generation(self) -> int: ...
-    def stats(self) -> dict[str, int]: ...
+    @property
+    def not_after(self) -> float: ...  # the end of our own chain, Unix seconds; inf where we are anonymous
+    def stats(self) -> dict[str, int]:
+        """full, resumed, failed, failed_{identity,refused,protocol,lost}, tickets_{stored,used,expired,evicted,held}."""
 
 @final
 class TlsServer:
@@ -190,25 +236,61 @@ class TlsServer:
         generation: int,
         require_client: bool,
         alpn: Sequence[bytes] = ...,
+        before: TlsServer | None = None,  # whose counters go on; nothing else is taken over
     ) -> TlsServer: ...
     @property
     def generation(self) -> int: ...
     def accepts(self, chain: Sequence[bytes]) -> bool:
         """Would the client of this chain (DER, leaf first; empty for none) be taken in a handshake now?"""
-    def stats(self) -> dict[str, int]: ...
+    def stats(self) -> dict[str, int]:
+        """full, resumed, failed, failed_{identity,refused,protocol,lost}."""
 
 @final
 class HttpConnection:
-    """The client side of one connection: TLS (or none) and HTTP/1.1 framing. One exchange at a time."""
-    def __new__(cls, tls: TlsClient | None, expected: str, address: str) -> HttpConnection: ...
+    """The client side of one connection: TLS (or none) and HTTP framing.
+
+    `protocols` is "http/1.1", "h2" or "h2,http/1.1" (as ALPN agrees; without TLS HTTP/1.1). `send` and `receive` carry one exchange
+    at a time with either version. `open_stream` and `receive_streams` carry many, if `protocol` is "h2"; one connection is used in
+    one of the two ways.
+    """
+    def __new__(cls, tls: TlsClient | None, expected: str, address: str, protocols: str = "http/1.1") -> HttpConnection: ...
     def open(self) -> bytes: ...
     def send(self, method: str, target: str, headers: _Headers, body: bytes | None, streaming: bool) -> bytes: ...
     def send_body(self, data: ReadableBuffer, is_last: bool) -> bytes: ...
     def receive(self, buffer: ReadableBuffer, size: int) -> tuple[bytes, list[tuple[Any, ...]]]:
         """(bytes to write, events). After an exception `pending` has the alert to write."""
+    def converse(self, fd: int, data: bytes, seconds: float, is_reading: bool) -> tuple[int, list[tuple[Any, ...]]]:
+        """(CONVERSE_*, events): write `data` to a socket that doesn't block, wait at most `seconds`, read until there is an event.
+
+        The interpreter is released meanwhile. What could not be written goes out with the next call. Raises OSError, too. With
+        HTTP/2 a peer that only talks is heard and never EARLY; while `is_blocked`, read until EVENT_WRITABLE.
+        """
+    def is_quiet(self, fd: int) -> bool:
+        """Whether nothing has come on a kept-alive socket, nor its end. HTTP/2 takes in what came, and says whether it goes on."""
     def receive_eof(self) -> list[tuple[Any, ...]]: ...
     def pending(self) -> bytes: ...
     def close(self) -> bytes: ...
+    def open_stream(self, method: str, target: str, headers: _Headers, body: bytes | None, streaming: bool) -> tuple[int, bytes]:
+        """(stream, bytes to write). Only while there are `streams_left`."""
+    def send_stream(self, stream: int, data: ReadableBuffer, is_last: bool) -> bytes:
+        """The next piece of a body. What the peer's window has no room for waits inside: see `is_stream_blocked`."""
+    def reset_stream(self, stream: int) -> bytes:
+        """Give up on an exchange: nothing more is told of it."""
+    def consume(self, stream: int, size: int) -> bytes:
+        """So much of an answer's body has been taken, and the peer may send as much again."""
+    def is_stream_blocked(self, stream: int) -> bool: ...
+    def receive_streams(self, buffer: ReadableBuffer, size: int) -> tuple[bytes, list[tuple[int, tuple[Any, ...]]]]:
+        """(bytes to write, [(stream, event), ...]). Stream 0 is the connection: EVENT_CLOSED there means no new streams.
+
+        An error ends all streams. After it `pending` has the alert to write.
+        """
+    def receive_streams_eof(self) -> list[tuple[int, tuple[Any, ...]]]: ...
+    @property
+    def streams_left(self) -> int: ...  # that may be begun now
+    @property
+    def protocol(self) -> str | None: ...  # "http/1.1" or "h2"; None until it is agreed
+    @property
+    def is_blocked(self) -> bool: ...  # with `send`: the peer's window is used up, so that it must be read from
     @property
     def is_open(self) -> bool: ...
     @property

@@ -62,7 +62,8 @@ def find(name: str) -> Any:
         raise ConfigError(f"{name!r} names no application.", hint="It is module:attribute, as in app:app for `app` in app.py.")
     path, brackets, _ = attribute.partition("()")
     here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
+    # First, since that is where the user looks: an installed package may have an app.py, too.
+    if sys.path[:1] not in ([here], [""]):
         sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)

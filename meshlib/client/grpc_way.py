@@ -154,7 +154,7 @@ class Course:
             if step[0] == core.WAIT:
                 return min(step[1], max(self._end - now, 0.0)) or 1e-6
             # balance > admit: the engine has chosen an endpoint and holds its permit.
-            _, self._token, address, identity = step  # type: ignore[misc]  # a tuple with a tag
+            _, self._token, address, identity, _ = step
             # secure: the channel of our newest identity to the one that we expect.
             if self._way.links is not None:
                 self.link = self._way.links.take(address, identity, self.native.connect_timeout)

@@ -11,12 +11,19 @@ waits is behind `Carrier`: under asyncio a carrier suspends, in a blocking threa
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakSet
 
 from .. import errors
 from .._native import core
-from ..call import HEADER_ATTEMPT, HEADER_DEADLINE, Call, current_deadline, current_layer
+from ..call import Call, current_deadline, current_layer
+from .faults import CONNECT_TIMEOUT, IDLE_TIMEOUT, UNSENT, WRITE_TIMEOUT, outcome_of
+from .pool import Ledger
+from .terms import FOREVER, LARGE, ORDINARY, Terms
+
+if TYPE_CHECKING:
+    from .race import Race
 
 T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
@@ -24,55 +31,31 @@ Body = bytes | Iterable[bytes] | AsyncIterable[bytes] | None
 
 # Bytes of an answer that are awaited before it counts as come, if it could be asked for again: as much as is replayed upward.
 SHORT = 64 * 1024
-# Taken from the deadline that the next hop is told: its answer needs time to travel back.
-HOP_MARGIN = 0.005
-# The reason of a `ConnectFailed` that our clock caused, not the endpoint's word.
-CONNECT_TIMEOUT = "send.connect_timeout"
-
-_OUTCOMES: tuple[tuple[type[errors.AttemptFailed], int], ...] = (
-    (errors.ConnectFailed, core.OUTCOME_REFUSED),
-    (errors.PeerIdentityError, core.OUTCOME_IDENTITY),
-    (errors.TlsError, core.OUTCOME_IDENTITY),
-    (errors.AttemptTimeout, core.OUTCOME_TIMEOUT),
-    (errors.ProtocolError, core.OUTCOME_PROTOCOL),
-    (errors.ConnectionLost, core.OUTCOME_RESET),
-)
-_LOST = {
-    "send.unwritten": core.OUTCOME_UNWRITTEN,
-    "send.stale": core.OUTCOME_STALE,
-    # Our own doing, which says nothing of the endpoint.
-    "send.client_closed": core.OUTCOME_CANCELLED,
-}
-# What the engine takes for "not a byte was sent", so that every method is safe to send again.
-_UNSENT = (core.OUTCOME_REFUSED, core.OUTCOME_IDENTITY, core.OUTCOME_UNWRITTEN)
-_DEADLINE = HEADER_DEADLINE.encode()
-_ATTEMPT = HEADER_ATTEMPT.encode()
-
-
-def outcome_of(error: errors.AttemptFailed) -> int:
-    """What the engine is told of a failed attempt. A broken connection is judged by how far the exchange had come."""
-    lost = _LOST.get(error.reason)
-    if lost is not None:
-        return lost
-    outcome = next((outcome for kind, outcome in _OUTCOMES if isinstance(error, kind)), core.OUTCOME_RESET)
-    # TLS can break long after the handshake, when the endpoint may have acted on the request already.
-    return core.OUTCOME_RESET if outcome == core.OUTCOME_IDENTITY and error.is_written else outcome
 
 
 class Attempt:
-    """One attempt as a carrier gets it: where to, as whom, and how long at most."""
+    """One attempt as a carrier gets it: where to, as whom, and how long at most.
+
+    Times are monotonic seconds. `end` is the end of the call, at least of its head; `hard_end` the application's own, which holds for
+    streams too. `native` is the engine's call, and knows the rest. None of it is needed by a carrier in a test.
+    """
 
     __slots__ = (
         "address",
         "body",
-        "connect_end",
         "end",
+        "hard_end",
         "headers",
         "identity",
         "is_drawn",
         "is_fresh",
+        "is_http2",
         "method",
+        "native",
+        "now",
+        "resumed",
         "target",
+        "terms",
         "tls",
     )
 
@@ -85,9 +68,13 @@ class Attempt:
         target: str,
         headers: Headers,
         body: Body,
-        connect_end: float,
+        now: float,
         end: float,
-        is_fresh: bool,
+        is_fresh: bool = False,
+        terms: Terms = ORDINARY,
+        hard_end: float = FOREVER,
+        native: core.Call | None = None,
+        is_http2: bool = False,
     ) -> None:
         self.address = address
         self.identity = identity
@@ -96,95 +83,130 @@ class Attempt:
         self.target = target
         self.headers = headers
         self.body = body
-        self.connect_end = connect_end
+        self.now = now
         self.end = end
         self.is_fresh = is_fresh
+        self.terms = terms
+        self.hard_end = hard_end
+        self.native = native
+        self.is_http2 = is_http2
+        # Set by the carrier when a new connection came about with TLS: was a session resumed?
+        self.resumed: bool | None = None
         # Set by the carrier before it takes the first piece of a streamed body: there is no second time.
         self.is_drawn = False
 
+    @property
+    def connect_end(self) -> float:
+        """Until when a new connection must have come about."""
+        connect = self.terms.connect
+        if connect is None:
+            connect = FOREVER if self.terms.is_explicit or self.native is None else self.native.connect_timeout
+        return min(self.end, self.now + connect)
+
+    @property
+    def stream_idle(self) -> float:
+        """Seconds without progress that a stream may stay, where the caller gave no times of its own."""
+        return 0.0 if self.native is None else self.native.stream_idle
+
 
 class Incoming(Protocol):
-    """A body that is still on its way. `read` gives the next piece, b"" at the end; `close` gives up on the rest."""
+    """A body that is still on its way. `read` gives the next piece, b"" at the end; `close` gives up on the rest.
+
+    After a change of protocols (101) `write` sends, and the body is what the other side says.
+    """
 
     async def read(self) -> bytes: ...
+    async def write(self, data: bytes) -> None: ...
     async def close(self) -> None: ...
+    def info(self, name: str) -> Any: ...
 
 
-# Status, minor version of HTTP/1, reason, headers, and the body or what is still on its way.
+# Status, version of HTTP (0 and 1 for 1.0 and 1.1, 20 for 2), reason, headers, and the body or what is still on its way.
 Reply = tuple[int, int, bytes, Headers, bytes | Incoming]
 
 
 class Carrier(Protocol):
-    """What moves the bytes: the caller's event loop, or the calling thread. Raises `errors.AttemptFailed`."""
+    """What moves the bytes: the caller's event loop, or the calling thread. Raises `errors.AttemptFailed`.
 
-    async def exchange(self, attempt: Attempt) -> Reply: ...
+    `can_overlap`: two exchanges can be awaited at a time.
+    """
+
+    @property
+    def can_overlap(self) -> bool: ...
+    def exchange(self, attempt: Attempt) -> Awaitable[Reply]: ...
     async def sleep(self, seconds: float) -> None: ...
 
 
 class Answer:
-    """What came back: head, body (or what is still on its way), and the call with its record."""
+    """What came back: the head, the body if it is here already, and the call with its record."""
 
-    __slots__ = (
-        "_has_last_word",
-        "_is_over",
-        "_native",
-        "_stream",
-        "_token",
-        "_way",
-        "body",
-        "call",
-        "headers",
-        "minor",
-        "reason",
-        "status",
-    )
+    __slots__ = ("_method", "_native", "_target", "body", "headers", "minor", "reason", "status")
 
-    def __init__(
-        self,
-        way: OutboundWay,
-        native: core.Call,
-        token: int,
-        reply: Reply,
-        call: Call,
-        has_last_word: bool,
-    ) -> None:
-        self._way = way
-        # A timeout of this attempt is the deadline of the call.
-        self._has_last_word = has_last_word
+    body: bytes | Incoming | None
+
+    def __init__(self, native: core.Call, method: str, target: str, reply: Reply) -> None:
         self._native = native
-        self._token = token
-        self.call = call
-        self.status, self.minor, self.reason, self.headers, body = reply
-        self._is_over = isinstance(body, bytes)
-        if isinstance(body, bytes):
-            self.body: bytes | None = body
-            self._stream: Incoming | None = None
-            native.finish(token, core.OUTCOME_RESPONSE, way.clock())
-        else:
-            self.body = None
-            self._stream = body
+        self._method = method
+        self._target = target
+        self.status, self.minor, self.reason, self.headers, self.body = reply
+
+    @property
+    def call(self) -> Call:
+        return Call(self._native, self._method, self._target)
 
     async def read(self) -> bytes:
-        """The next piece of the body, b"" at its end."""
-        if self._stream is None or self._is_over:
+        """The next piece of a body that is still on its way, b"" at its end."""
+        return b""
+
+    async def close(self) -> None:
+        """Give up on the rest of the body; harmless after its end."""
+
+
+class StreamedAnswer(Answer):
+    """An answer whose body is still on its way. The call ends with it."""
+
+    __slots__ = ("_call", "_hard_end", "_is_over", "_token", "_way", "stream")
+
+    def __init__(
+        self, native: core.Call, method: str, target: str, reply: Reply, way: OutboundWay, token: int, hard_end: float
+    ) -> None:
+        super().__init__(native, method, target, reply)
+        assert not isinstance(reply[4], bytes)
+        self.stream: Incoming = reply[4]
+        self.body = None
+        self._way = way
+        self._token = token
+        self._hard_end = hard_end
+        self._is_over = False
+        # One for the answer and for what may still go wrong with it.
+        self._call = Call(native, method, target)
+
+    @property
+    def call(self) -> Call:
+        return self._call
+
+    async def read(self) -> bytes:
+        if self._is_over:
             return b""
         try:
-            piece = await self._stream.read()
+            piece = await self.stream.read()
         except errors.AttemptFailed as error:
             self._end(outcome_of(error))
             error.call = self.call
-            if isinstance(error, errors.AttemptTimeout) and (self._has_last_word or self._way.clock() >= self._native.deadline):
-                raise _too_late(self._native, self.call) from error
+            late_at = self._hard_end if error.reason == IDLE_TIMEOUT else self._native.deadline
+            if isinstance(error, errors.AttemptTimeout) and self._way.clock() >= late_at:
+                late = _too_late(self._native)
+                late.call = error.call
+                raise late from error
             raise
         if not piece:
             self._end(core.OUTCOME_RESPONSE)
         return piece
 
     async def close(self) -> None:
-        """Give up on the rest of the body; harmless after its end."""
-        if self._stream is not None and not self._is_over:
+        if not self._is_over:
             self._end(core.OUTCOME_CANCELLED)
-            await self._stream.close()
+            await self.stream.close()
 
     def _end(self, outcome: int) -> None:
         if not self._is_over:
@@ -195,13 +217,18 @@ class Answer:
 class OutboundWay:
     """The way out of one process: engine, identity and observer, in the order in which a call meets them."""
 
-    __slots__ = ("clock", "engine", "identity", "observer", "wake")
+    __slots__ = ("carriers", "clock", "egress", "engine", "identity", "ledger", "observer", "wake")
 
     def __init__(self, engine: core.Engine, identity: Any, observer: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self.engine = engine
         self.identity = identity
         self.observer = observer
         self.clock = clock
+        # What becomes of hosts that are no Service: "allow" or "deny".
+        self.egress = "allow"
+        # What the connections of this mesh have counted, and the carriers that somebody has to sweep.
+        self.ledger = Ledger()
+        self.carriers: WeakSet[Any] = WeakSet()
         # Set in a forked child: the first call starts what the mesh needs beside it, the rest pay one comparison.
         self.wake: Callable[[], object] | None = None
 
@@ -213,15 +240,10 @@ class OutboundWay:
         target: str,
         headers: Headers,
         body: Body = None,
-        *,
-        timeout: float | None = None,
-        connect_timeout: float | None = None,
-        idempotent: bool | None = None,
+        terms: Terms = ORDINARY,
     ) -> Answer:
-        """Send one call and return its answer.
-
-        `timeout` and `connect_timeout` are seconds for one attempt, on top of the call's deadline. Raises `errors.Refused`,
-        `errors.DeadlineExceeded` or `errors.AttemptFailed`, each with the call.
+        """Send one call and return its answer. Raises `errors.Refused`, `errors.DeadlineExceeded` or `errors.AttemptFailed`, each
+        with the call.
         """
         clock = self.clock
         now = clock()
@@ -229,79 +251,108 @@ class OutboundWay:
             self.wake()
         # observe: outside everything, so that refusals are counted and traced too.
         observer = self.observer
+        is_recording = observer is not None and observer.recorder() is not None
         # route: which service, which backend, which policy; the permit of the service is taken here, once per call.
+        path = target if "?" not in target else target.partition("?")[0]
+        outer = current_deadline.get()
         is_whole = body is None or isinstance(body, bytes)
-        native = self.engine.begin(
-            authority,
-            method,
-            target.partition("?")[0],
-            headers,
-            now,
-            current_deadline.get(),
-            idempotent,
-            is_whole,
-            current_layer.get(),
-        )
-        call = Call(native, method, target)
+        layer = current_layer.get()
+        begin = self.engine.begin
+        race: Race | None = None
+        if terms is ORDINARY:
+            native = begin(authority, method, path, headers, now, outer, None, is_whole, layer)
+        else:
+            native = begin(
+                authority, method, path, headers, now, outer, terms.idempotent, is_whole, layer,
+                terms.whole, terms.retries, terms.hedge, terms.zone,
+            )  # fmt: skip
+            if terms.hedge is not None and native.hedge(now, carrier.can_overlap) is not None:
+                from .race import Race
+
+                race = Race(carrier, native, clock)
         end = native.deadline
-        headers = _without_ours(headers)
+        hard_end = FOREVER if outer is None else outer
+        # Of a stream, either way, only the application's own end is told: the route's ends with the head.
+        is_long = terms.is_stream or not is_whole or (body is not None and len(body) >= LARGE)  # type: ignore[arg-type]
+        told = hard_end if is_long else end
+        if terms.read is not None and not is_long:
+            told = min(told, now + terms.read)
         is_fresh = False
-        trace: Headers | None = None
         try:
             while True:
                 # retry: the engine says when; the wait is never longer than the deadline.
                 step = native.next(now)
-                if step[0] == core.WAIT:
+                if step[0] == core.SEND:
+                    # balance > admit: the engine has chosen an endpoint and holds its permit.
+                    _, token, address, identity, is_http2 = step
+                    # secure: the newest identity of ours, and whom we expect. An empty identity is plain text, by configuration.
+                    tls = self.identity.client_tls if identity and self.identity is not None else None
+                    if identity and tls is None:
+                        raise errors.IdentityError(
+                            f"the call to {native.service!r} needs mutual TLS, but this process has no identity.",
+                            hint="Its certificate was never loaded: see the log, and `secure.identity` in mesh.yaml.",
+                        )
+                    if terms.is_private and not identity:
+                        raise errors.Denied(
+                            f"the URL promises TLS, but {native.service!r} is called in plain text.",
+                            rule="https",
+                            hint="Write http:// (the mesh decides what is encrypted), or give the services identities.",
+                        )
+                    span = None
+                    if is_recording:
+                        span = observer.client_span(method, authority, native.attempt, target=target, endpoint=address)
+                    if observer is None:
+                        sent = native.headers(headers, now, told, [], 0.0)
+                    else:
+                        # Without a span the trace that this call is part of is passed on, or a new one begun.
+                        trace = span.headers if span is not None else observer.carried(is_recording)
+                        sent = native.headers(headers, now, told, trace, observer.sample)
+                    attempt = Attempt(
+                        address, identity, tls, method, target, sent, body, now, end, is_fresh, terms, hard_end, native, is_http2
+                    )
+                elif step[0] == core.WAIT:
                     await carrier.sleep(min(step[1], max(end - now, 0.0)))
                     now = clock()
                     continue
-                # balance > admit: the engine has chosen an endpoint and holds its permit.
-                _, token, address, identity = step
-                # secure: the newest identity of ours, and whom we expect. An empty identity is plain text, by configuration.
-                tls = self.identity.client_tls if identity and self.identity is not None else None
-                if identity and tls is None:
-                    raise errors.IdentityError(
-                        f"the call to {native.service!r} needs mutual TLS, but this process has no identity.",
-                        hint="Its certificate was never loaded: see the log, and `secure.identity` in mesh.yaml.",
-                        call=call,
-                    )
-                sent = [*headers, (_DEADLINE, b"%d" % max(1, int((end - now - HOP_MARGIN) * 1000)))]
-                if native.attempt:
-                    sent.append((_ATTEMPT, b"%d" % native.attempt))
-                span = None
-                if observer is not None:
-                    span = observer.client_span(method, authority, native.attempt, target=target, endpoint=address)
-                    if span is not None:
-                        sent += observer.client_headers()
-                    else:
-                        # Nobody records: all attempts of a call carry the same trace, which is made once.
-                        if trace is None:
-                            trace = [] if has_trace(headers) else observer.client_headers()
-                        sent += trace
-                attempt_end = end if timeout is None else min(end, now + timeout)
-                connect_end = min(attempt_end, now + (native.connect_timeout if connect_timeout is None else connect_timeout))
-                attempt = Attempt(address, identity, tls, method, target, sent, body, connect_end, attempt_end, is_fresh)
+                # Otherwise (AWAIT) one of two attempts has failed, and what becomes of the other decides.
                 # send: the carrier moves the bytes.
                 try:
-                    reply = await carrier.exchange(attempt)
+                    if race is None:
+                        reply = await carrier.exchange(attempt)
+                    else:
+                        # hedge: of the attempts under way, the one that ends first.
+                        if step[0] == core.SEND:
+                            race.start(attempt, token, span)
+                        ended = await race.first()
+                        if ended is None:
+                            # All are slow, and the engine names another endpoint for the same.
+                            is_fresh = False
+                            now = clock()
+                            continue
+                        task, attempt, token, span = ended
+                        reply = task.result()
                     if not isinstance(reply[4], bytes) and native.is_idempotent and native.has_attempts_left:
                         reply = await _whole(reply)
                 except errors.AttemptFailed as error:
                     now = clock()
                     if span is not None:
-                        span.end(0, error)
-                    error.call = call
+                        span.end(0, error, attempt.resumed)
                     outcome = outcome_of(error)
-                    is_late = isinstance(error, errors.AttemptTimeout) and (attempt_end >= end or now >= end)
-                    if error.reason == CONNECT_TIMEOUT and connect_end >= end:
+                    # A stream that fell silent has outlived the route's deadline; only the application's own still counts.
+                    late_at = hard_end if error.reason in (WRITE_TIMEOUT, IDLE_TIMEOUT) else end
+                    is_late = isinstance(error, errors.AttemptTimeout) and now >= late_at
+                    if error.reason == CONNECT_TIMEOUT and attempt.connect_end >= end:
                         # The caller had no time for a connection, which says nothing of the endpoint.
                         is_late, outcome = True, core.OUTCOME_CANCELLED
-                    elif attempt.is_drawn and outcome in _UNSENT:
+                    elif error.reason == CONNECT_TIMEOUT and terms.connect is not None and terms.connect < native.connect_timeout:
+                        # Nor does a caller with less patience than the configuration has.
+                        outcome = core.OUTCOME_CANCELLED
+                    elif attempt.is_drawn and outcome in UNSENT:
                         outcome = core.OUTCOME_RESET
                     # A body that was begun can't be sent again, whatever the engine says.
                     if native.head(token, outcome, 0, now) == core.DELIVER or attempt.is_drawn:
                         if is_late:
-                            raise _too_late(native, call) from error
+                            raise _too_late(native) from error
                         raise
                     is_fresh = outcome in (core.OUTCOME_STALE, core.OUTCOME_UNWRITTEN)
                     continue
@@ -312,21 +363,27 @@ class OutboundWay:
                 now = clock()
                 status = reply[0]
                 if span is not None:
-                    span.end(status, None)
+                    span.end(status, None, attempt.resumed)
+                is_here = isinstance(reply[4], bytes)
                 after = _retry_after(reply[3]) if status in (429, 503) else -1.0
-                if native.head(token, core.OUTCOME_RESPONSE, status, now, after) == core.DELIVER:
-                    return Answer(self, native, token, reply, call, attempt_end >= end)
+                if native.head(token, core.OUTCOME_RESPONSE, status, now, after, is_here) == core.DELIVER:
+                    if is_here:
+                        return Answer(native, method, target, reply)
+                    return StreamedAnswer(native, method, target, reply, self, token, hard_end)
                 if not isinstance(reply[4], bytes):
                     await reply[4].close()
         except errors.MeshError as error:
             if error.call is None:
-                error.call = call
+                error.call = Call(native, method, target)
             native.abandon(clock())
             raise
         except BaseException:
             # Cancelled, or a mistake in a body's iterator: every permit goes back before anybody else runs.
             native.abandon(clock())
             raise
+        finally:
+            if race is not None:
+                await race.stop()
 
 
 async def _whole(reply: Reply) -> Reply:
@@ -346,27 +403,10 @@ async def _whole(reply: Reply) -> Reply:
     return (*reply[:4], b"".join(pieces))
 
 
-def has_trace(headers: Headers) -> bool:
-    """The application forwards a trace by hand, and is not contradicted."""
-    for name, _ in headers:  # noqa: SIM110  a generator costs more than the whole loop
-        if len(name) == 11 and name.lower() == b"traceparent":
-            return True
-    return False
-
-
-def _without_ours(headers: Headers) -> Headers:
-    """The caller's headers; what it forwards of an incoming call's deadline and attempt would contradict what we say ourselves."""
-    for name, _ in headers:
-        if len(name) in (14, 18) and name.lower() in (_ATTEMPT, _DEADLINE):
-            return [header for header in headers if header[0].lower() not in (_ATTEMPT, _DEADLINE)]
-    return headers
-
-
-def _too_late(native: core.Call, call: Call) -> errors.DeadlineExceeded:
+def _too_late(native: core.Call) -> errors.DeadlineExceeded:
     return errors.DeadlineExceeded(
         f"the call to {native.service!r} did not end within its deadline.",
         hint="Raise `deadline` of the route or of the caller, or look in explain() for what took the time.",
-        call=call,
     )
 
 

@@ -45,6 +45,8 @@ _ROWS: Final = (
             "calls to hosts that are no service are reported, not broken, until you say so"),
     Default("deadline", 15.0, "s", 0.001, 3600, "Envoy",
             "a call without an end holds its resources for ever; it travels to the next hop"),
+    Default("stream_idle", 60.0, "s", 0.05, 86400, "Envoy, which takes 5 min",
+            "a stream may last for ever, but not without a sign of life: the deadline ends with its head, this begins"),
     Default("protocol", "http", "", None, None, "",
             "most services speak HTTP/1.1"),
     # ------------------------------------------------------------------------------------------------ secure

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from .defaults import override, setting
 from .values import (
     Caller,
+    DnsAddress,
     EndpointAddress,
     HeaderName,
     Label,
@@ -167,7 +168,7 @@ def _from_address(value: Any) -> Any:
 class EndpointSettings(Section):
     """One endpoint with what is special about it."""
 
-    address: EndpointAddress = Field(description="host:port")
+    address: EndpointAddress = Field(description="host:port, or unix:/path of a socket")
     labels: dict[str, Label] = Field(default_factory=dict, description="What backends select by, such as {version: v2}.")
     zone: str = setting("discover.zone")
     weight: float = setting("discover.weight")
@@ -182,7 +183,7 @@ class Discover(Section):
 
     static: tuple[Endpoint, ...] | None = Field(default=None, min_length=1, description="The endpoints, written here.")
     file: str | None = Field(default=None, min_length=1, description="A YAML list of endpoints, watched; relative to this file.")
-    dns: EndpointAddress | None = Field(default=None, description="A name and port; all its addresses are endpoints.")
+    dns: DnsAddress | None = Field(default=None, description="A name and port; all its addresses are endpoints.")
     every: Seconds = setting("discover.every")
 
 
@@ -229,6 +230,7 @@ class Route(Section):
     backends: tuple[Backend, ...] = Field(default=(), description="Nothing means all endpoints.")
     retry: RouteRetry | None = Field(default=None, description="Over the service's.")
     deadline: Seconds | None = override("deadline", "service")
+    stream_idle: Seconds | None = override("stream_idle", "service")
 
 
 # ---------------------------------------------------------------- the whole
@@ -238,7 +240,7 @@ class Service(Section):
     """One service: what its callers need to reach it, and what its own process needs to be it."""
 
     listen: ListenAddress | None = Field(default=None, description="Where `meshlib serve` listens.")
-    protocol: Literal["http", "grpc"] = setting("protocol")
+    protocol: Literal["http", "http2", "grpc"] = setting("protocol")
     identity: SpiffeId | None = Field(default=None, description="Default: spiffe://<trust domain>/ns/<namespace>/sa/<service>.")
     discover: Discover | None = Field(default=None, description="Where it is. Nothing means that nobody calls it.")
     route: tuple[Route, ...] = Field(default=(), description="Nothing means one route for everything.")
@@ -246,6 +248,7 @@ class Service(Section):
     balance: Balance | None = Field(default=None, description="Over the system's.")
     admit: Admit | None = Field(default=None, description="Over the system's.")
     deadline: Seconds | None = override("deadline", "system")
+    stream_idle: Seconds | None = override("stream_idle", "system")
     secure: ServiceSecure = Field(default_factory=ServiceSecure)
     observe: Observe | None = Field(default=None, description="Over the system's, for this service's own processes.")
 
@@ -258,6 +261,7 @@ class Document(Section):
     observe: Observe = Field(default_factory=Observe)
     egress: Literal["allow", "deny"] = setting("egress")
     deadline: Seconds = setting("deadline")
+    stream_idle: Seconds = setting("stream_idle")
     retry: Retry = Field(default_factory=Retry)
     balance: Balance = Field(default_factory=Balance)
     admit: Admit = Field(default_factory=Admit)

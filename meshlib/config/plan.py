@@ -98,6 +98,7 @@ def _route(route: RoutePolicy) -> Json:
             "idempotent": route.retry.idempotent,
         },
         "deadline": route.deadline,
+        "stream_idle": route.stream_idle,
     }
 
 

@@ -29,6 +29,7 @@ class RoutePolicy:
     backends: tuple[doc.Backend, ...]
     retry: doc.RouteRetry
     deadline: float
+    stream_idle: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,7 @@ class Names:
 def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
     written = document.services[name]
     deadline = document.deadline if written.deadline is None else written.deadline
+    idle = document.stream_idle if written.stream_idle is None else written.stream_idle
     retry = merge(document.retry, written.retry)
     return ServicePolicy(
         name=name,
@@ -202,7 +204,9 @@ def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
         mode=written.secure.mode or document.secure.mode,
         listen=written.listen,
         discover=_discover(written.discover, names),
-        routes=tuple(_route(name, index, route, retry, deadline) for index, route in enumerate(written.route or (doc.Route(),))),
+        routes=tuple(
+            _route(name, index, route, retry, deadline, idle) for index, route in enumerate(written.route or (doc.Route(),))
+        ),
         retry=retry,
         balance=merge(document.balance, written.balance),
         admit=merge(document.admit, written.admit),
@@ -230,11 +234,12 @@ def _discover(written: doc.Discover | None, names: Names) -> doc.Discover | None
     return written.model_copy(update={"static": endpoints})
 
 
-def _route(service: str, index: int, written: doc.Route, retry: doc.Retry, deadline: float) -> RoutePolicy:
+def _route(service: str, index: int, written: doc.Route, retry: doc.Retry, deadline: float, idle: float) -> RoutePolicy:
     return RoutePolicy(
         name=written.name or f"{service}/{index}",
         match=written.match,
         backends=written.backends or (doc.Backend(),),
         retry=merge(doc.RouteRetry(), retry, written.retry),
         deadline=deadline if written.deadline is None else written.deadline,
+        stream_idle=idle if written.stream_idle is None else written.stream_idle,
     )

@@ -97,6 +97,8 @@ def split_address(value: str) -> tuple[str, int]:
 
 def is_loopback(value: str) -> bool:
     """True if nobody outside this machine can be meant."""
+    if value.startswith("unix:"):
+        return True
     host = split_address(value)[0]
     if host == "localhost":
         return True
@@ -136,6 +138,16 @@ def _address(value: str, *, can_listen: bool) -> str:
 
 
 def _endpoint_address(value: str) -> str:
+    if value.startswith("unix:"):
+        path = value.removeprefix("unix:")
+        # The kernel's own limit, its final NUL included (unix(7)).
+        if not path.startswith("/") or "\0" in path or len(path.encode("utf-8", "surrogateescape")) > 107:
+            refuse(f"{value!r} is no UNIX socket", "unix: and an absolute path of at most 107 bytes, as in unix:/run/orders.sock")
+        return value
+    return _address(value, can_listen=False)
+
+
+def _dns_address(value: str) -> str:
     return _address(value, can_listen=False)
 
 
@@ -325,6 +337,7 @@ def _title(value: str) -> str:
 Seconds = Annotated[float, BeforeValidator(seconds, json_schema_input_type=float | str)]
 Pair = Annotated[tuple[Seconds, Seconds], AfterValidator(_rising)]
 Name = Annotated[str, AfterValidator(_name)]
+DnsAddress = Annotated[str, AfterValidator(_dns_address)]
 EndpointAddress = Annotated[str, AfterValidator(_endpoint_address)]
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 SpiffeId = Annotated[str, AfterValidator(_spiffe_id)]

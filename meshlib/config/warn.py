@@ -80,8 +80,7 @@ def _warn_identities(found: Text, services: Mapping[str, ServicePolicy]) -> None
 def _warn_secure(found: Text, at: Path, service: ServicePolicy) -> None:
     secure: Path = (*at, "secure")
     allows = [rule for rule in service.rules if rule.action == "allow"]
-    is_served = service.listen is not None or service.discover is not None
-    if service.mode == "enforce" and is_served and not allows:
+    if service.mode == "enforce" and not allows:
         found.refuse((*secure, "allow"), "enforce without a rule that allows anything: every call is denied", "an allow rule")
     elif service.mode == "enforce" and all(rule.is_dry_run for rule in allows):
         found.refuse((*secure, "allow"), "enforce, and every allow rule is a dry run: every call is denied", "dry_run: false")

@@ -64,7 +64,7 @@ def _idempotent(record: Record) -> str:
 
 
 def _candidates(candidates: Sequence[Record]) -> list[str]:
-    rows = [("", "endpoint", "latency", "in flight", "cost", "breaker")]
+    rows = [("", "endpoint", "zone" if any(c.get("zone") for c in candidates) else "", "latency", "in flight", "cost", "breaker")]
     costs = [c["score"] for c in candidates if isinstance(c.get("score"), int | float)]
     # A hair's breadth is chance, and not worth a star.
     least = min(costs) if costs and max(costs) > 1.01 * min(costs) else None
@@ -75,23 +75,28 @@ def _candidates(candidates: Sequence[Record]) -> list[str]:
             (
                 "*" if is_best else "",
                 str(candidate.get("endpoint", "?")),
+                str(candidate.get("zone") or ""),
                 _milliseconds(candidate.get("ewma_ms")),
                 _plain(candidate.get("in_flight")),
                 _cost(score),
                 str(candidate.get("breaker") or "-").replace("_", " "),
             )
         )
-    return _table(rows, right={2, 3, 4})
+    return _table(rows, right={3, 4, 5})
 
 
 def _events(events: Sequence[Record]) -> list[str]:
     rows = []
     attempt, status = 0, 0
+    # Attempts may overlap, so that an answer is not always the last one's.
+    latest: dict[Any, int] = {}
     for event in events:
         status = (event.get("detail") or {}).get("status", status)
         if event.get("phase") == "balance":
             attempt += 1
-        number = f"#{attempt}" if attempt and event.get("phase") in ("balance", "admit", "send") else ""
+            latest[event.get("endpoint")] = attempt
+        own = latest.get(event.get("endpoint"), attempt)
+        number = f"#{own}" if attempt and event.get("phase") in ("balance", "admit", "send") else ""
         at = event.get("at")
         time = f"{at:.1f} ms" if isinstance(at, int | float) else ""
         rows.append((time, str(event.get("phase") or ""), number, _event(event, status)))
@@ -117,9 +122,12 @@ def _event(event: Record, status: int) -> str:
             return f"{endpoint} answered {detail.get('status', '')}".strip()
         text = _FAILURES.get(what, what) + (f" ({why})" if why else "")
         return f"{endpoint}: {text}" if endpoint else text
+    if phase == "retry" and what in ("hedged", "given up"):
+        after = f" after {_seconds(detail.get('seconds'))}"
+        return f"{endpoint} has not answered{after}: another is asked as well" if what == "hedged" else f"{endpoint} is given up"
     if phase == "retry":
         return _judged(what, f"status {status}" if why == "status" else why, detail.get("seconds"))
-    known = {"why", "seconds", "status", "cost", "other", "other_cost"}
+    known = {"why", "seconds", "status", "cost", "other", "other_cost", "zone"}
     extra = ", ".join(f"{key} {value}" for key, value in detail.items() if key not in known)
     return " ".join(part for part in (what, endpoint, f"({why})" if why else "", extra) if part)
 
@@ -128,12 +136,17 @@ def _pick(what: str, endpoint: str, detail: Record) -> str:
     other, cost, other_cost = detail.get("other"), detail.get("cost"), detail.get("other_cost")
     if what == "probe":
         return f"probe to {endpoint}: it was taken out, and this call finds out whether it is well again"
-    text = f"{endpoint} {what}" if what.startswith("sent") else f"{what} {endpoint}"
+    if what == "picked in zone":
+        text = f"picked {endpoint} in zone {detail.get('zone') or '?'}"
+    elif what == "picked outside the zone":
+        text = f"picked {endpoint} outside the zone"
+    else:
+        text = f"{endpoint} {what}" if what.startswith("sent") else f"{what} {endpoint}"
     if other and cost is not None and other_cost is not None:
         text += f": cost {_cost(cost)} against {_cost(other_cost)} of {other}"
     elif other:
         text += f" rather than {other}"
-    elif what == "picked":
+    elif what in ("picked", "picked in zone", "picked outside the zone"):
         text += ": no other was left to compare it with"
     if "panic" in what:
         text += "; fewer are healthy than may be trusted, so all are used"
@@ -144,6 +157,10 @@ def _judged(what: str, why: str, seconds: Any) -> str:
     wait = f" after {_seconds(seconds)}" if isinstance(seconds, int | float) and seconds > 0 else ""
     if what == "again":
         return f"sent again{wait}" + (f", because: {why}" if why else "")
+    if what == "awaited":
+        return f"not sent again yet: {why}"
+    if what == "not hedged":
+        return "not hedged" + (f", because: {why}" if why else "")
     if what == "delivered":
         return "not sent again" + (f", because: {why}" if why else "")
     if what == "refused":
@@ -155,7 +172,7 @@ def _outcome(record: Record, events: Sequence[Record]) -> str:
     attempts = sum(1 for event in events if event.get("phase") == "balance")
     last = next((event for event in reversed(events) if event.get("phase") in ("send", "retry")), None)
     sent = next((event for event in reversed(events) if event.get("phase") == "send"), None)
-    count = f"{attempts} attempt{'s' if attempts != 1 else ''}"
+    count = f"{attempts} attempt{'s' if attempts != 1 else ''}{_hedge(events)}"
     if last is not None and (last.get("phase"), last.get("what")) == ("retry", "refused"):
         return f"=> refused by the mesh after {count}"
     if sent is None:
@@ -166,6 +183,23 @@ def _outcome(record: Record, events: Sequence[Record]) -> str:
         took = f" after {at:.1f} ms" if isinstance(at, int | float) else ""
         return f"=> {status or 'answered'}{took}, {count}"
     return f"=> failed after {count}: {_FAILURES.get(str(sent.get('what')), str(sent.get('what')))}"
+
+
+def _hedge(events: Sequence[Record]) -> str:
+    """When a second attempt went out beside the first, where, and what came of it; "" if none did."""
+    place = next((n for n, event in enumerate(events) if (event.get("phase"), event.get("what")) == ("retry", "hedged")), None)
+    if place is None:
+        return ""
+    after = [event for event in events[place + 1 :] if event.get("endpoint")]
+    where = next((str(event["endpoint"]) for event in after if event.get("phase") == "balance"), "")
+    ends = [event for event in after if event.get("endpoint") == where and event.get("phase") != "balance"]
+    text = f"; hedged after {_seconds((events[place].get('detail') or {}).get('seconds'))} to {where}"
+    if not ends:
+        return text
+    if ends[0].get("what") == "given up":
+        return text + ", which was not needed"
+    is_good = ends[0].get("what") == "response" and (ends[0].get("detail") or {}).get("status", 0) < 500
+    return text + (", which won" if is_good else ", which did not help")
 
 
 _FAILURES = {

@@ -125,6 +125,47 @@ IDENTITY_FAILURES = Metric(
 IDENTITY_EXPIRY = Metric(
     "meshlib_secure_expiry_timestamp_seconds", "gauge", "When the certificate ends, in Unix time.", (), "seconds"
 )
+SECURE_CLIENT_HANDSHAKES = Metric(
+    "meshlib_secure_client_handshakes_total",
+    "counter",
+    "TLS handshakes with servers, by whether an earlier session was resumed.",
+    ("resumed",),
+)
+SECURE_CLIENT_FAILURES = Metric(
+    "meshlib_secure_client_handshake_failures_total",
+    "counter",
+    "TLS handshakes with servers that failed. Reason identity: it did not prove who it must be; refused: it refused our "
+    "certificate; protocol: it speaks no TLS that we speak; lost: broken off.",
+    ("reason",),
+)
+SECURE_SERVER_HANDSHAKES = Metric(
+    "meshlib_secure_server_handshakes_total",
+    "counter",
+    "TLS handshakes with clients, by whether an earlier session was resumed.",
+    ("resumed",),
+)
+SECURE_SERVER_FAILURES = Metric(
+    "meshlib_secure_server_handshake_failures_total",
+    "counter",
+    "TLS handshakes with clients that failed; reasons as for servers.",
+    ("reason",),
+)
+SECURE_TICKETS = Metric(
+    "meshlib_secure_tickets_total",
+    "counter",
+    "Session tickets won from servers, by what became of them: stored, used, expired or evicted.",
+    ("event",),
+)
+ADMIT_CONNECTIONS_IDLE = Metric("meshlib_admit_connections_idle", "gauge", "Connections that wait for their next exchange.")
+ADMIT_CONNECTIONS_OPENED = Metric("meshlib_admit_connections_opened_total", "counter", "Connections opened to endpoints.")
+ADMIT_CONNECTIONS_REUSED = Metric("meshlib_admit_connections_reused_total", "counter", "Exchanges that found an open connection.")
+ADMIT_CONNECTIONS_CLOSED = Metric(
+    "meshlib_admit_connections_closed_total",
+    "counter",
+    "Waiting or returning connections that were closed. Reason idle, age, certificate or generation: its time was over; full: "
+    "too many waited; peer: closed by it; unfit: in no state to carry another exchange; shutdown: the client was closed.",
+    ("reason",),
+)
 IDENTITY_SPENT = Metric(
     "meshlib_secure_spent_ratio", "gauge", "Share of the certificate's life that is gone; renewed at 0.5.", (), "ratio"
 )
@@ -184,6 +225,7 @@ URL_FULL: Final = "url.full"
 URL_PATH: Final = "url.path"
 URL_SCHEME: Final = "url.scheme"
 ERROR_TYPE: Final = "error.type"
+TLS_RESUMED: Final = "tls.resumed"
 RPC_SYSTEM: Final = "rpc.system.name"
 RPC_METHOD: Final = "rpc.method"
 RPC_STATUS: Final = "rpc.response.status_code"

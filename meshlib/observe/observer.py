@@ -49,14 +49,30 @@ _begun: ContextVar[spans.ClientSpan | None] = ContextVar("meshlib.begun", defaul
 class Observer:
     """Observes the calls of one process. `service` is who we are, `sample` the share of new traces that are sampled."""
 
-    __slots__ = ("_egress", "sampler", "service")
+    __slots__ = ("_egress", "sample", "sampler", "service")
 
     def __init__(self, *, service: str = "", sample: float = 1.0) -> None:
         self.service = service
+        self.sample = sample
         self.sampler = Sampler(sample)
         self._egress: dict[str, int] = {}
 
     # ------------------------------------------------------------------ out
+
+    # The tracer if the application configured a tracing SDK, so that a span is worth asking for.
+    recorder = staticmethod(spans.tracer)
+
+    def carried(self, is_recording: bool) -> Headers | None:
+        """The headers of the trace that a call without a span of its own belongs to; None where it is the first of its trace.
+
+        The list is shared: add it to another, don't change it.
+        """
+        if is_recording:
+            headers = spans.current_headers()
+            if headers is not None:
+                return headers
+        trace = current_trace.get()
+        return None if trace is None else trace.found.inner_headers
 
     def client_span(
         self,
@@ -175,6 +191,8 @@ class Observer:
             jobs=[(job.name, job.runs, job.failures) for job in mesh.keeper.jobs],
             identity=known,
             egress=egress,
+            tls={} if identity is None else identity.tls_stats(),
+            pools=mesh.outbound.ledger.stats(),
             reloads=mesh.reloads,
             reload_failures=mesh.reload_failures,
             mesh=config.name,

@@ -37,6 +37,8 @@ class Readings:
     discover: Sequence[Row] = ()
     jobs: Sequence[tuple[str, int, int]] = ()  # name, runs, failures
     identity: Row | None = None  # rotations, failures, not_after, spent
+    tls: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # of each side what TLS counted
+    pools: Sequence[Row] = ()  # idle, opened, reused, closed by reason; of each pool, those that are gone included
     egress: Mapping[str, int] = field(default_factory=dict)
     reloads: int = 0
     reload_failures: int = 0
@@ -52,6 +54,8 @@ def render(readings: Readings, *, is_openmetrics: bool = False) -> str:
     """The text of all metrics, in the order of the table."""
     text = _Text(is_openmetrics)
     _process(text, readings)
+    _tls(text, readings.tls)
+    _pools(text, readings.pools)
     _discover(text, readings.discover)
     _calls(text, readings)
     _attempts(text, [row for row in readings.engine if row["endpoint"] and _is_used(row)])
@@ -76,6 +80,38 @@ def _process(text: _Text, readings: Readings) -> None:
         if identity.get("not_after") is not None:
             text.add(names.IDENTITY_EXPIRY, [((), float(identity["not_after"]))])
             text.add(names.IDENTITY_SPENT, [((), float(identity["spent"]))])
+
+
+def _tls(text: _Text, tls: Mapping[str, Mapping[str, int]]) -> None:
+    for side, ended, failed in (
+        ("client", names.SECURE_CLIENT_HANDSHAKES, names.SECURE_CLIENT_FAILURES),
+        ("server", names.SECURE_SERVER_HANDSHAKES, names.SECURE_SERVER_FAILURES),
+    ):
+        counts = tls.get(side)
+        if counts:
+            text.add(ended, [(("false",), counts["full"]), (("true",), counts["resumed"])])
+            text.add(failed, _named(counts, "failed_"))
+    counts = tls.get("client")
+    if counts:
+        text.add(names.SECURE_TICKETS, [at for at in _named(counts, "tickets_") if at[0] != ("held",)])
+
+
+def _pools(text: _Text, pools: Sequence[Row]) -> None:
+    if not pools:
+        return
+    text.add(names.ADMIT_CONNECTIONS_IDLE, [((), sum(pool["idle"] for pool in pools))])
+    text.add(names.ADMIT_CONNECTIONS_OPENED, [((), sum(pool["opened"] for pool in pools))])
+    text.add(names.ADMIT_CONNECTIONS_REUSED, [((), sum(pool["reused"] for pool in pools))])
+    closed: dict[str, int] = {}
+    for pool in pools:
+        for reason, count in pool["closed"].items():
+            closed[reason] = closed.get(reason, 0) + count
+    text.add(names.ADMIT_CONNECTIONS_CLOSED, [((reason,), count) for reason, count in closed.items()])
+
+
+def _named(counts: Mapping[str, int], front: str) -> list[tuple[Labels, float]]:
+    """The counts whose name begins so, by the rest of it."""
+    return [((name.removeprefix(front),), count) for name, count in counts.items() if name.startswith(front)]
 
 
 def _discover(text: _Text, rows: Sequence[Row]) -> None:

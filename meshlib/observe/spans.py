@@ -58,11 +58,16 @@ class ClientSpan:
         self._is_over = False
         self.headers = [*_headers_of(span), *baggage]
 
-    def end(self, status: int, error: BaseException | None = None) -> None:
-        """The head came with a status, or (0) no answer came. Only the first end counts."""
+    def end(self, status: int, error: BaseException | None = None, resumed: bool | None = None) -> None:
+        """The head came with a status, or (0) no answer came. Only the first end counts.
+
+        `resumed` tells of a TLS handshake that was made for this attempt: was a session taken up again?
+        """
         if self._is_over:
             return
         self._is_over = True
+        if resumed is not None:
+            self._span.set_attribute(names.TLS_RESUMED, resumed)
         _end(self._span, status, error, is_rpc=self._is_rpc, failing=400)
 
 

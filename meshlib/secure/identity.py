@@ -18,7 +18,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
@@ -165,6 +165,17 @@ class IdentityStore:
         current = self.current
         return current is not None and self._wall_clock() >= current.not_after
 
+    def tls_stats(self) -> dict[str, dict[str, int]]:
+        """What TLS has counted over all generations, by side: `client` and `server`. {} without an identity."""
+        generation = self._generation
+        if generation is None:
+            return {}
+        servers: dict[str, int] = {}
+        for server in tuple(generation.servers.values()):
+            for name, count in server.stats().items():
+                servers[name] = servers.get(name, 0) + count
+        return {"client": generation.client.stats(), "server": servers}
+
     def on_change(self, callback: Callable[[Identity], None]) -> None:
         """Call back with every new generation after it is in force, in the thread that refreshed."""
         self._callbacks.append(callback)
@@ -212,7 +223,9 @@ class IdentityStore:
         """In a forked child: the same identity, a free lock, and TLS objects of its own: sessions are never shared."""
         self._refreshing = threading.Lock()
         if self._generation is not None:
-            self._generation = self._built(self._generation.identity, self._generation.digest, set(self._generation.servers))
+            kept = self._generation
+            # Nor are the counters: those of the parent are told by the parent.
+            self._generation = self._built(kept.identity, kept.digest, dict.fromkeys(kept.servers))
 
     def _take(self, identity: Identity) -> bool:
         old = self._generation
@@ -229,28 +242,37 @@ class IdentityStore:
                     hint="Certificate and bundle come from different CAs: issue both anew (`meshlib ca issue`).",
                 )
             log.error("%s: the changed bundle counts; issue the certificate anew (serial %s)", what, identity.serial)
-        self._generation = self._built(identity, digest, set(old.servers) if old else set())
+        served = dict(old.servers) if old else {}
+        self._generation = self._built(identity, digest, served, old.client if old else None)
         if old is not None:
             self.rotations += 1
         log.info("identity %s, generation %d, serial %s", identity.spiffe_id, identity.generation, identity.serial)
         return True
 
-    def _built(self, identity: Identity, digest: bytes, served: set[bool]) -> _Generation:
+    def _built(
+        self,
+        identity: Identity,
+        digest: bytes,
+        served: Mapping[bool, core.TlsServer | None],
+        before: core.TlsClient | None = None,
+    ) -> _Generation:
+        """A generation that serves what was served, and goes on with the counters of what was before."""
         make = self._tls_client
         if make is None:
             from .._native import core
 
             make = core.TlsClient
-        client = make(identity.chain, identity.key, identity.bundles, identity.generation)
-        return _Generation(identity, digest, client, {require: self._new_server(identity, require) for require in served})
+        client = make(identity.chain, identity.key, identity.bundles, identity.generation, before=before)
+        servers = {require: self._new_server(identity, require, old) for require, old in served.items()}
+        return _Generation(identity, digest, client, servers)
 
-    def _new_server(self, identity: Identity, require_client: bool) -> core.TlsServer:
+    def _new_server(self, identity: Identity, require_client: bool, before: core.TlsServer | None = None) -> core.TlsServer:
         make = self._tls_server
         if make is None:
             from .._native import core
 
             make = core.TlsServer
-        return make(identity.chain, identity.key, identity.bundles, identity.generation, require_client)
+        return make(identity.chain, identity.key, identity.bundles, identity.generation, require_client, before=before)
 
     def _fail(self, cause: Exception) -> None:
         self.failures += 1

@@ -96,7 +96,7 @@ async def test_a_declared_post_is_sent_again(tmp_path: Path) -> None:
             async with mesh.client() as http:
                 answer = await http.post("http://orders/", content=b"x", headers={"Idempotency-Key": "k"})
                 assert answer.status_code == 200
-                answer = await http.post("http://orders/", content=b"x", extensions={"meshlib.idempotent": True})
+                answer = await http.post("http://orders/", content=b"x", extensions=meshlib.policy(idempotent=True))
                 assert answer.status_code == 200
     assert [r.body for r in server.requests] == [b"x"] * 4
     assert [r.headers.get("x-mesh-attempt") for r in server.requests] == [None, "1", None, None]  # the second was a replay

@@ -103,6 +103,70 @@ def test_refused_call_tells_that_nothing_was_sent(engine: core.Engine) -> None:
     assert explain(call.record()).endswith("=> refused by the mesh after 0 attempts")
 
 
+def hedged(engine: core.Engine, first: tuple[int, int] | None, second: tuple[int, int] | None) -> str:
+    """The story of a call that is hedged after 12 ms; what came of each attempt, 20 ms after the call began, in this order."""
+    call = engine.begin("orders", "GET", "/", [], 100.0, None, None, True, 0, None, 0, 0.012)
+    tokens = [call.next(100.0)[1]]
+    assert call.hedge(100.012) == 0.0
+    tokens.append(call.next(100.012)[1])
+    for token, end in zip(tokens, (first, second), strict=True):
+        if end is not None and call.head(token, *end, 100.020) == core.DELIVER and end[0] == core.OUTCOME_RESPONSE:
+            call.finish(token, core.OUTCOME_RESPONSE, 100.020)
+    return explain(call.record())
+
+
+OK, BROKEN = (core.OUTCOME_RESPONSE, 200), (core.OUTCOME_RESET, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "end"),
+    [
+        (None, OK, "=> 200 after 20.0 ms, 2 attempts; hedged after 12 ms to HEDGE, which won"),
+        (OK, None, "=> 200 after 20.0 ms, 2 attempts; hedged after 12 ms to HEDGE, which was not needed"),
+        (BROKEN, OK, "=> 200 after 20.0 ms, 2 attempts; hedged after 12 ms to HEDGE, which won"),
+        (BROKEN, BROKEN, "=> failed after 2 attempts; hedged after 12 ms to HEDGE, which did not help: the connection was lost"),
+        (None, None, "=> not answered yet"),
+    ],
+)
+def test_hedged_call_tells_when_where_and_what_came_of_it(
+    engine: core.Engine, first: tuple[int, int] | None, second: tuple[int, int] | None, end: str
+) -> None:
+    """The last line has it all; above it, each end stands with the number of its attempt."""
+    text = hedged(engine, first, second)
+    slow, quick = re.findall(r"#\d  picked (127\.0\.0\.1:\d+)", text)
+    assert f"retry        {slow} has not answered after 12 ms: another is asked as well" in text
+    last = text.splitlines()[-1]
+    assert last.startswith(end.replace("HEDGE", quick)), last
+    for number, endpoint, outcome in ((1, slow, first), (2, quick, second)):
+        if outcome is not None:
+            assert re.search(rf"send +#{number}  {endpoint}", text), text
+    assert (f"{slow} is given up" in text) == (first is None and second is not None)
+    assert ("not sent again yet: another attempt is under way" in text) == (first == BROKEN)
+
+
+def test_call_that_was_not_hedged_tells_why(engine: core.Engine) -> None:
+    """The reason in words; what was sent is told as ever."""
+    call = engine.begin("orders", "POST", "/", [], 100.0, hedge=0.01)
+    assert call.hedge(100.0) is None
+    assert "not hedged, because: not idempotent, and both may be processed" in explain(call.record())
+
+
+def test_zone_stands_with_the_choice_and_with_the_candidates(engine: core.Engine) -> None:
+    """And a choice outside of it says so."""
+    found: list[tuple[str, float, str, dict[str, str], str]] = [
+        (f"127.0.0.1:810{n}", 1.0, zone, {}, "") for n, zone in ((1, "a"), (2, "b"), (3, "b"))
+    ]
+    engine.resolve("orders", 10**9, found, 100.0)
+    call = engine.begin("orders", "GET", "/", [], 100.0, zone="a")
+    call.head(call.next(100.0)[1], core.OUTCOME_RESET, 0, 100.0)
+    call.next(101.0)
+    text = explain(call.record())
+    assert "picked 127.0.0.1:8101 in zone a: no other was left to compare it with" in text
+    assert re.search(r"picked 127\.0\.0\.1:810[23] outside the zone: cost", text)
+    assert re.search(r"endpoint +zone +latency", text)
+    assert re.search(r"127\.0\.0\.1:8101  a ", text)
+
+
 def test_abandoned_call_is_told_as_such(engine: core.Engine) -> None:
     """The caller gave up before an answer came."""
     call = engine.begin("orders", "GET", "/", [], 100.0)

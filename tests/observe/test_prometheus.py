@@ -59,6 +59,24 @@ FULL = Readings(
     ],
     jobs=[("reload", 5, 1), ("rotate", 7, 0), ("reload", 2, 2)],
     identity={"rotations": 2, "failures": 1, "not_after": 1_800_000_000.5, "spent": 0.25},
+    tls={
+        "client": {
+            "full": 3,
+            "resumed": 9,
+            "failed": 7,
+            "failed_identity": 1,
+            "failed_refused": 2,
+            "failed_lost": 4,
+            "tickets_stored": 24,
+            "tickets_used": 10,
+            "tickets_held": 11,
+        },
+        "server": {"full": 5, "resumed": 6, "failed": 1, "failed_identity": 1, "failed_lost": 0},
+    },
+    pools=[
+        {"idle": 2, "opened": 8, "reused": 90, "closed": {"idle": 5, "peer": 1}},
+        {"idle": 1, "opened": 2, "reused": 10, "closed": {"idle": 1, "peer": 0}},
+    ],
     egress={"api.example.com": 4},
     reloads=1,
     reload_failures=2,
@@ -221,6 +239,28 @@ def test_label_values_are_escaped() -> None:
 def test_numbers_are_written_as_prometheus_reads_them(number: float, written: str) -> None:
     """Whole numbers without a point, infinities and NaN with their words."""
     assert f'meshlib_retry_budget_remaining{{service="orders"}} {written}\n' in render(Readings(engine=[out(budget=number)]))
+
+
+def test_handshakes_are_told_by_side_and_by_how_they_ended() -> None:
+    """Full and resumed ones apart, failures by reason; the sum and the tickets in hand are no counters of their own."""
+    text = render(FULL)
+    assert value(text, "meshlib_secure_client_handshakes_total", resumed="false") == 3
+    assert value(text, "meshlib_secure_client_handshakes_total", resumed="true") == 9
+    assert value(text, "meshlib_secure_server_handshakes_total", resumed="true") == 6
+    assert value(text, "meshlib_secure_client_handshake_failures_total", reason="lost") == 4
+    assert value(text, "meshlib_secure_server_handshake_failures_total", reason="identity") == 1
+    assert value(text, "meshlib_secure_tickets_total", event="used") == 10
+    assert 'event="held"' not in text
+    assert "handshake" not in render(Readings())
+
+
+def test_connections_of_all_pools_are_added_up() -> None:
+    """A process has one pool for each event loop and one for its threads."""
+    text = render(FULL)
+    assert value(text, "meshlib_admit_connections_idle") == 3
+    assert value(text, "meshlib_admit_connections_opened_total") == 10
+    assert value(text, "meshlib_admit_connections_reused_total") == 100
+    assert value(text, "meshlib_admit_connections_closed_total", reason="idle") == 6
 
 
 def test_table_of_names_keeps_its_rules() -> None:

@@ -131,7 +131,7 @@ def test_folder_is_made_in_the_users_own_runtime_directory_if_there_is_one(
 def test_renewal_reaches_a_running_process(identities: DevIdentities) -> None:
     """Certificates live an hour and are renewed at half of it; the store takes the new one."""
 
-    def tls(*_: Any) -> Any:
+    def tls(*_: Any, **__: Any) -> Any:
         return object()
 
     store = IdentityStore(source_of(identities.folder), mode="enforce", tls_client=tls, tls_server=tls)

@@ -43,8 +43,11 @@ class Clock:
 class Tls:
     """Stands for the native TLS objects: remembers what it was made of."""
 
-    def __init__(self, chain: bytes, key: bytes, bundles: dict[str, bytes], generation: int, *more: Any) -> None:
+    def __init__(
+        self, chain: bytes, key: bytes, bundles: dict[str, bytes], generation: int, *more: Any, before: Any = None
+    ) -> None:
         self.chain, self.key, self.bundles, self.generation, self.more = chain, key, bundles, generation, more
+        self.before = before
 
 
 @pytest.fixture(autouse=True)
@@ -460,6 +463,8 @@ def test_tls_objects_live_as_long_as_their_generation(store: IdentityStore, out:
     assert all(new is not old for new, old in zip(second, first, strict=True))
     assert [each.generation for each in second] == [2, 2, 2]
     assert [each.more for each in second] == [(), (True,), (False,)]
+    # Each goes on with the counters of its predecessor, and holds nothing else of it.
+    assert [each.before for each in second] == first
 
 
 def test_changed_bundle_alone_is_a_new_generation(store: IdentityStore, out: Path, authority: CertificateAuthority) -> None:
@@ -624,10 +629,10 @@ def test_identity_that_the_native_core_refuses_is_not_taken(
     """Neither side of the new generation is put in force if one of them can't be built."""
     broken: list[bool] = []
 
-    def server(*parts: Any) -> Tls:
+    def server(*parts: Any, **more: Any) -> Tls:
         if broken:
             raise ValueError("the core says no")
-        return Tls(*parts)
+        return Tls(*parts, **more)
 
     store = store_of(source, clock, tls_server=server)
     first, listening = store.require(0.0), store.server_tls(True)
@@ -737,8 +742,9 @@ def test_forked_child_has_the_identity_and_tls_objects_of_its_own(store: Identit
     before = [store.client_tls, store.server_tls(True)]
     store._refreshing.acquire()
     store.after_fork()
-    after = [store.client_tls, store.server_tls(True)]
+    after: list[Any] = [store.client_tls, store.server_tls(True)]
     assert all(new is not old for new, old in zip(after, before, strict=True))
+    assert [each.before for each in after] == [None, None]
     assert store.current is first
     assert store.refresh(1.0) is False
 
@@ -791,6 +797,48 @@ def test_root_is_turned_over_between_two_processes_without_a_refused_handshake(t
     # Its root was thrown out: the client's session is worth nothing either.
     with pytest.raises(MeshError, match="did not prove its identity"):
         handshake(orders, web)
+
+
+def test_what_tls_counted_goes_on_over_rotations_and_begins_anew_in_a_child(tmp_path: Path) -> None:
+    """Sums over all generations and over both kinds of server; what ends after the rotation is counted too."""
+    authority = CertificateAuthority.create(tmp_path / "ca", "shop.internal")
+    stores = []
+    for service in ("orders", "web"):
+        authority.write(service, tmp_path)
+        source = FolderSource(tmp_path, service, "shop.internal", authority.id_of(service))
+        stores.append(IdentityStore(source, mode="enforce"))
+    orders, web = stores
+    assert orders.tls_stats() == {}
+    for store in stores:
+        store.require(0.0)
+    handshake(orders, web)
+    handshake(orders, web)
+    late = core.HttpConnection(web.client_tls, ID, "server")
+    late.open()
+    for store, service in zip(stores, ("orders", "web"), strict=True):
+        authority.write(service, tmp_path)
+        assert store.refresh(1.0) is True
+    handshake(orders, web)
+    orders.server_tls(False)
+    with pytest.raises(MeshError):
+        late.receive_eof()
+    ended = {"full": 2, "resumed": 1}
+    lost = {"failed": 1, "failed_identity": 0, "failed_refused": 0, "failed_protocol": 0, "failed_lost": 1}
+    client = web.tls_stats()["client"]
+    assert {name: client[name] for name in (*ended, *lost)} == {**ended, **lost}
+    assert orders.tls_stats()["server"] == {**ended, **dict.fromkeys(lost, 0)}
+    # Of the tickets only those of this generation are held.
+    assert (client["tickets_used"], client["tickets_held"] < client["tickets_stored"]) == (2, True)
+    for store in stores:
+        store.after_fork()
+    assert (set(web.tls_stats()["client"].values()), set(orders.tls_stats()["server"].values())) == ({0}, {0})
+
+
+def test_client_side_knows_the_end_of_its_own_certificate(out: Path, authority: CertificateAuthority) -> None:
+    """So that what depends on it ends before."""
+    ours = FolderSource(out, "orders", "shop.internal", ID, wall_clock=lambda: NOW).load()
+    assert core.TlsClient(ours.chain, ours.key, ours.bundles, 1).not_after == NOW + LIFE
+    assert core.TlsClient(None, None, ours.bundles, 1).not_after == float("inf")
 
 
 # ---------------------------------------------------------------------------------------------------- secrets

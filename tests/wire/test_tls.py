@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import shutil
 import socket
 import ssl
 import threading
@@ -24,6 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from meshlib import errors
 from meshlib._native import core
+from tests.support import free_port, process, wait_until_listening
 
 CLIENT = "spiffe://td/client"
 SERVER = "spiffe://td/server"
@@ -50,6 +52,10 @@ class Issued:
         context.load_cert_chain(file)
 
 
+def not_after_of(issued: Issued) -> float:
+    return x509.load_pem_x509_certificate(issued.chain).not_valid_after_utc.timestamp()
+
+
 class Authority:
     """Issues what it is told to, right or wrong."""
 
@@ -58,7 +64,7 @@ class Authority:
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test root")])
         usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
         self.certificate = (
-            self.builder(self.name, self.key, -60, 3600)
+            self.builder(self.name, self.key, -60, 7200)
             .add_extension(x509.BasicConstraints(True, None), True)
             .add_extension(usage, True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), False)
@@ -165,6 +171,12 @@ class OpenSslServer:
         self._thread.join()
 
 
+def ended(tls: core.TlsClient | core.TlsServer) -> tuple[int, int, int]:
+    """How many handshakes were full, resumed, failed."""
+    stats = tls.stats()
+    return stats["full"], stats["resumed"], stats["failed"]
+
+
 @contextlib.contextmanager
 def openssl_server(
     root: Authority, own: Issued, folder: Path, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
@@ -216,9 +228,9 @@ def test_client_and_openssl_prove_themselves_to_each_other(
         wire = call(tls, peer.port)
     assert (wire.peer, wire.tls_version, wire.tls_resumed) == (SERVER, NAMES[version], False)
     assert wire.peer_chain[0] == ssl.PEM_cert_to_DER_cert(server.chain.decode())
-    assert wire.peer_not_after == x509.load_pem_x509_certificate(server.chain).not_valid_after_utc.timestamp()
+    assert wire.peer_not_after == not_after_of(server)
     assert (peer.peers, peer.seen, peer.errors) == ([CLIENT], b"GET / HTTP/1.1\r\nhost: orders\r\n\r\n", [])
-    assert (tls.generation, tls.stats()) == (7, {"full": 1, "resumed": 0, "failed": 0})
+    assert (tls.generation, ended(tls)) == (7, (1, 0, 0))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -234,7 +246,7 @@ def test_client_resumes_at_openssl_and_knows_the_peer_all_the_same(
         wires = [call(renewed, peer.port) for _ in range(2)]
     assert resumed == [False, True, True, False]
     assert [(wire.tls_resumed, wire.peer) for wire in wires] == [(False, SERVER), (True, SERVER)]
-    assert tls.stats() == {"full": 2, "resumed": 2, "failed": 0}
+    assert ended(tls) == (2, 2, 0)
     assert peer.resumed == [False, True, True, False, False, True]
 
 
@@ -249,7 +261,8 @@ def test_wrong_servers_get_nothing(root: Authority, client: Issued, server: Issu
             assert (name, caught.value.is_written, caught.value.reason) == (name, False, "secure.peer_identity")
             assert f"127.0.0.1:{peer.port}: The peer did not prove its identity" in str(caught.value)
         assert (name, peer.seen, peer.peers) == (name, b"", [])
-    assert tls.stats() == {"full": 0, "resumed": 0, "failed": len(cases)}
+    assert ended(tls) == (0, 0, len(cases))
+    assert tls.stats()["failed_identity"] == len(cases)
 
 
 def test_refusal_of_our_own_certificate_is_told(root: Authority, server: Issued, tmp_path: Path) -> None:
@@ -259,6 +272,8 @@ def test_refusal_of_our_own_certificate_is_told(root: Authority, server: Issued,
     with openssl_server(root, server, tmp_path) as peer, pytest.raises(errors.TlsError, match="refused our certificate"):
         call(tls, peer.port)
     assert peer.seen == b""
+    # For us the handshake had ended (TLS 1.3) when the refusal came: it counts as both.
+    assert (ended(tls), tls.stats()["failed_refused"]) == ((1, 0, 1), 1)
 
 
 def test_client_without_identity_verifies_the_server_all_the_same(root: Authority, server: Issued, tmp_path: Path) -> None:
@@ -285,6 +300,122 @@ def test_plain_and_old_peers_are_told_apart(root: Authority, client: Issued) -> 
     wire.open()
     with pytest.raises(errors.TlsError, match="during the TLS handshake"):
         wire.receive_eof()
+
+
+# ------------------------------------------------------------------ sessions that are gone on with
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_ticket_is_offered_once_our_own_certificate_has_ended(
+    root: Authority, server: Issued, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    """Even where the server would take it, and asks for no certificate."""
+    tls, alive = (
+        core.TlsClient(own.chain, own.key, {"td": root.pem}, 1)
+        for own in (root.issue(CLIENT, begin=-7200, end=-1), root.issue(CLIENT))
+    )
+    with openssl_server(root, server, tmp_path, version) as peer:
+        peer.context.verify_mode = ssl.CERT_NONE
+        assert [call(tls, peer.port).tls_resumed for _ in range(3)] == [False, False, False]
+        assert [call(alive, peer.port).tls_resumed for _ in range(3)] == [False, True, True]
+    assert (tls.stats()["tickets_used"], tls.stats()["tickets_expired"] > 0) == (0, True)
+    assert alive.stats()["tickets_used"] == 2
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_wrong_identity_is_refused_and_never_resumed(
+    root: Authority, client: Issued, server: Issued, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    """Whatever was won at the same address with the right one; and that is still good afterwards."""
+    tls = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
+    with openssl_server(root, server, tmp_path, version) as peer:
+        call(tls, peer.port)
+        for _ in range(2):
+            with pytest.raises(errors.PeerIdentityError):
+                call(tls, peer.port, "spiffe://td/other")
+        assert tls.stats()["tickets_used"] == 0
+        assert call(tls, peer.port).tls_resumed
+    assert ended(tls) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_resumed_connection_knows_when_the_proof_ends(
+    root: Authority, client: Issued, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    """As the handshake in full had found it."""
+    own = root.issue(SERVER, end=1234)
+    tls = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
+    with openssl_server(root, own, tmp_path, version) as peer:
+        first, second = call(tls, peer.port), call(tls, peer.port)
+    assert (first.tls_resumed, second.tls_resumed) == (False, True)
+    assert first.peer_not_after == second.peer_not_after == not_after_of(own)
+    assert (first.peer, first.peer_chain) == (second.peer, second.peer_chain)
+    assert tls.not_after == not_after_of(client)
+
+
+def test_counters_are_taken_over_by_the_next_generation_and_tickets_are_not(
+    root: Authority, client: Issued, server: Issued, tmp_path: Path
+) -> None:
+    """Both sides; what a handshake of before ends with is counted in the same place."""
+    tls = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
+    with openssl_server(root, server, tmp_path) as peer:
+        resumed = [call(tls, peer.port).tls_resumed for _ in range(2)]
+        renewed = core.TlsClient(client.chain, client.key, {"td": root.pem}, 2, tls)
+        assert renewed.stats() == tls.stats() | {"tickets_held": 0}
+        resumed += [call(renewed, peer.port).tls_resumed for _ in range(2)]
+        resumed.append(call(tls, peer.port).tls_resumed)
+    assert resumed == [False, True, False, True, True]
+    assert ended(renewed) == ended(tls) == (2, 3, 0)
+    first = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True)
+    context = openssl_client(root, client, tmp_path)
+    _, _, _, session = talk(first, context)
+    second = core.TlsServer(server.chain, server.key, {"td": root.pem}, 2, True, before=first)
+    wire, _, _, _ = talk(second, context, session=session)
+    assert (wire.tls_resumed, ended(second)) == (False, (2, 0, 0))
+
+
+NGINX = """
+daemon off; master_process off; worker_processes 1; pid {folder}/pid; error_log stderr;
+events {{}}
+http {{
+  access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+  uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+  ssl_certificate {folder}/server.pem; ssl_certificate_key {folder}/server.pem;
+  ssl_client_certificate {folder}/root.pem; ssl_verify_client on; ssl_protocols TLSv1.2 TLSv1.3;
+  server {{ listen 127.0.0.1:{tickets} ssl; ssl_session_tickets on; ssl_session_cache off; return 200 "ok"; }}
+  server {{ listen 127.0.0.1:{cached} ssl; ssl_session_tickets off; ssl_session_cache shared:kept:1m; return 200 "ok"; }}
+  server {{ listen 127.0.0.1:{none} ssl; ssl_session_tickets off; ssl_session_cache off; return 200 "ok"; }}
+  server {{ listen 127.0.0.1:{old} ssl; ssl_protocols TLSv1.2; ssl_session_tickets on; ssl_session_cache off; return 200 "ok"; }}
+}}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_sessions_at_nginx_follow_what_nginx_allows(root: Authority, client: Issued, server: Issued, tmp_path: Path) -> None:
+    """Tickets, sessions that it keeps itself, or nothing; a new generation begins anew in each case."""
+    (tmp_path / "server.pem").write_bytes(server.chain + server.key)
+    (tmp_path / "root.pem").write_bytes(root.pem)
+    ports = {name: free_port() for name in ("tickets", "cached", "none", "old")}
+    (tmp_path / "nginx.conf").write_text(NGINX.format(folder=tmp_path, **ports))
+    with process("nginx", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", "stderr") as nginx:
+        for port in ports.values():
+            wait_until_listening(port, nginx)
+        tls = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
+        seen = {name: [call(tls, port).tls_resumed for _ in range(3)] for name, port in ports.items()}
+        assert seen == {
+            "tickets": [False, True, True],
+            "cached": [False, True, True],
+            "none": [False, False, False],
+            "old": [False, True, True],
+        }
+        assert ended(tls) == (6, 6, 0)
+        renewed = core.TlsClient(client.chain, client.key, {"td": root.pem}, 2, tls)
+        assert [call(renewed, port).tls_resumed for port in ports.values()] == [False] * 4
+        for port in ports.values():
+            with pytest.raises(errors.PeerIdentityError):
+                call(renewed, port, "spiffe://td/other")
+        wire = call(renewed, ports["tickets"])
+        assert (wire.tls_resumed, wire.peer, wire.peer_not_after) == (True, SERVER, not_after_of(server))
 
 
 # ------------------------------------------------------------------ OpenSSL as the client
@@ -365,7 +496,7 @@ def test_openssl_clients_are_known_by_their_spiffe_id(
     assert (wire.tls_cipher or "").startswith("TLS_")
     assert wire.peer_chain[0] == ssl.PEM_cert_to_DER_cert(client.chain.decode())
     assert wire.peer_not_after == x509.load_pem_x509_certificate(client.chain).not_valid_after_utc.timestamp()
-    assert (tls.generation, tls.stats()) == (3, {"full": 1, "resumed": 0, "failed": 0})
+    assert (tls.generation, ended(tls)) == (3, (1, 0, 0))
 
 
 def test_wrong_clients_are_refused_before_a_byte_is_read(root: Authority, server: Issued, tmp_path: Path) -> None:
@@ -379,7 +510,7 @@ def test_wrong_clients_are_refused_before_a_byte_is_read(root: Authority, server
             assert (name, wire.peer, heard) == (name, None, b"")
             with pytest.raises(errors.TlsError, match="is over"):
                 wire.receive(b"more")
-        assert tls.stats() == {"full": 0, "resumed": 0, "failed": len(wrong(root))}
+        assert ended(tls) == (0, 0, len(wrong(root)))
 
 
 def test_anonymous_clients_come_in_only_where_none_is_required(root: Authority, server: Issued, tmp_path: Path) -> None:
@@ -404,7 +535,7 @@ def test_openssl_clients_resume_within_a_generation_only(
     _, _, _, session = talk(tls, context)
     wire, error, heard, session = talk(tls, context, session=session)
     assert (error, heard, wire.tls_resumed, wire.peer) == (None, b"hello", True, CLIENT)
-    assert tls.stats() == {"full": 1, "resumed": 1, "failed": 0}
+    assert ended(tls) == (1, 1, 0)
 
     renewed = core.TlsServer(server.chain, server.key, {"td": root.pem}, 2, True)
     wire, error, heard, _ = talk(renewed, context, session=session)
@@ -501,6 +632,35 @@ def test_intermediates_sign_for_their_trust_domain_only(root: Authority, server:
     intermediate = builder.sign(root.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
     tls = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True)
     assert tls.accepts(der(below.issue(CLIENT).chain, intermediate)) is is_accepted
+
+
+@pytest.mark.parametrize("signs_for", ["clients", "servers"])
+def test_who_signs_for_one_side_only_does_not_sign_for_the_other(
+    root: Authority, client: Issued, server: Issued, tmp_path: Path, signs_for: str
+) -> None:
+    """The purposes of an intermediate hold for what it signs, whatever the leaf says of itself."""
+    below = Authority()
+    below.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "intermediate")])
+    purpose = {"clients": ExtendedKeyUsageOID.CLIENT_AUTH, "servers": ExtendedKeyUsageOID.SERVER_AUTH}[signs_for]
+    usage = x509.KeyUsage(False, False, False, False, False, True, False, False, False)
+    intermediate = (
+        root.builder(below.name, below.key, -60, 3600)
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .add_extension(usage, True)
+        .add_extension(x509.ExtendedKeyUsage([purpose]), False)
+        .sign(root.key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    tls = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True)
+    assert tls.accepts(der(below.issue(CLIENT).chain, intermediate)) is (signs_for == "clients")
+    leaf = below.issue(SERVER)
+    asking = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
+    with openssl_server(root, Issued(leaf.chain + intermediate, leaf.key), tmp_path) as peer:
+        if signs_for == "servers":
+            assert call(asking, peer.port).peer == SERVER
+        else:
+            with pytest.raises(errors.PeerIdentityError):
+                call(asking, peer.port)
 
 
 def test_an_expired_root_vouches_for_nobody(root: Authority, server: Issued) -> None:

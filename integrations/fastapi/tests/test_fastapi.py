@@ -194,7 +194,7 @@ def test_an_outgoing_call_that_failed_is_a_bad_gateway(tmp_path: Path) -> None:
     """Nobody listens there: our caller gets problem details that tell nothing of it, and the log tells all."""
     with serving(tmp_path, "enforce") as (_port, child, file):
         with caller(file) as http:
-            answer = http.get("http://shop/gone/7", extensions={"meshlib.idempotent": False})
+            answer = http.get("http://shop/gone/7", extensions=meshlib.policy(idempotent=False))
         assert (answer.status_code, answer.headers["content-type"]) == (502, "application/problem+json")
         assert answer.json() == {
             "type": "urn:meshlib:problem:upstream.failed",

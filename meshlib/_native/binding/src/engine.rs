@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_core::client::{self, Next, Reply, Request};
+use mesh_core::client::{self, carried, Next, Reply, Request};
 use mesh_core::model::{Address, Outcome};
 use mesh_core::route::Headers;
 use pyo3::exceptions::PyValueError;
@@ -16,9 +16,11 @@ const WAIT: u8 = 0;
 const SEND: u8 = 1;
 const DELIVER: u8 = 0;
 const RETRY: u8 = 1;
+/// Both of a step and of a judgement: another attempt is under way.
+const AWAIT: u8 = 2;
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    for (name, value) in [("WAIT", WAIT), ("SEND", SEND), ("DELIVER", DELIVER), ("RETRY", RETRY)] {
+    for (name, value) in [("WAIT", WAIT), ("SEND", SEND), ("DELIVER", DELIVER), ("RETRY", RETRY), ("AWAIT", AWAIT)] {
         module.add(name, value)?;
     }
     for (outcome, word) in Outcome::ALL {
@@ -82,7 +84,7 @@ impl Engine {
         self.0.service_of(authority)
     }
 
-    #[pyo3(signature = (authority, method, path, headers, now, deadline=None, idempotent=None, replayable=true, attempt=0))]
+    #[pyo3(signature = (authority, method, path, headers, now, deadline=None, idempotent=None, replayable=true, attempt=0, timeout=None, retries=None, hedge=None, zone=None))]
     #[allow(clippy::too_many_arguments)] // one call across the seam is cheaper than building an object for it
     fn begin(
         &self,
@@ -96,12 +98,20 @@ impl Engine {
         idempotent: Option<bool>,
         replayable: bool,
         attempt: u32,
+        timeout: Option<f64>,
+        retries: Option<u32>,
+        hedge: Option<f64>,
+        zone: Option<&str>,
     ) -> PyResult<Call> {
         let request = Request {
             authority,
             method,
             path,
             deadline: deadline.map(seconds),
+            timeout: timeout.map(seconds),
+            retries,
+            hedge: hedge.map(seconds),
+            zone,
             is_idempotent: idempotent,
             is_replayable: replayable,
             layer: attempt,
@@ -176,6 +186,11 @@ impl Call {
     }
 
     #[getter]
+    fn stream_idle(&self) -> f64 {
+        self.call.stream_idle()
+    }
+
+    #[getter]
     fn is_idempotent(&self) -> bool {
         self.call.is_idempotent()
     }
@@ -194,12 +209,59 @@ impl Call {
         self.last = seconds(now);
         match self.call.next(self.last) {
             Ok(Next::Wait(wait)) => (WAIT, wait.as_secs_f64()).into_pyobject(py),
-            Ok(Next::Send { token, address, identity }) => (SEND, token, &*address, &*identity).into_pyobject(py),
+            Ok(Next::Send { token, address, identity, is_http2 }) => {
+                (SEND, token, &*address, &*identity, is_http2).into_pyobject(py)
+            }
+            Ok(Next::Await) => (AWAIT,).into_pyobject(py),
             Err(why) => Err(errors::refusal(py, why)),
         }
     }
 
-    #[pyo3(signature = (token, outcome, status, now, retry_after=-1.0))]
+    /// Seconds until a second attempt goes out beside the one under way; 0.0: now, and `next` names it. None: there will be none.
+    #[pyo3(signature = (now, can_overlap=true))]
+    fn hedge(&mut self, now: f64, can_overlap: bool) -> Option<f64> {
+        self.last = seconds(now);
+        self.call.hedge(can_overlap, self.last).map(|wait| wait.as_secs_f64())
+    }
+
+    /// The caller's headers, with ours in the place of what it forwards of them. `trace` None: it is given a new one.
+    fn headers<'py>(
+        &mut self,
+        py: Python<'py>,
+        given: &Bound<'py, PyList>,
+        now: f64,
+        end: f64,
+        trace: Option<&Bound<'py, PyList>>,
+        sample: f64,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let mut has_trace = false;
+        let mut headers = Vec::with_capacity(given.len() + 4);
+        for pair in given.iter() {
+            let name = pair.cast::<PyTuple>()?.get_item(0)?.cast_into::<PyBytes>()?;
+            if carried::is_ours(name.as_bytes()) {
+                continue;
+            }
+            has_trace |= carried::is_trace(name.as_bytes());
+            headers.push(pair);
+        }
+        if end < FOREVER {
+            let left = carried::deadline_ms(seconds(now), seconds(end)).to_string();
+            headers.push(field(py, carried::DEADLINE, &left)?);
+        }
+        if self.call.attempts() > 0 {
+            headers.push(field(py, carried::ATTEMPT, &self.call.attempts().to_string())?);
+        }
+        match trace {
+            _ if has_trace => {}
+            Some(trace) => headers.extend(trace.iter()),
+            None => headers.push(field(py, carried::TRACEPARENT, self.call.traceparent(sample))?),
+        }
+        PyList::new(py, headers)
+    }
+
+    /// `is_whole`: the body is here too, so that an answer that is delivered ends the call.
+    #[pyo3(signature = (token, outcome, status, now, retry_after=-1.0, is_whole=false))]
+    #[allow(clippy::too_many_arguments)] // as for `begin`
     fn head(
         &mut self,
         py: Python<'_>,
@@ -208,12 +270,19 @@ impl Call {
         status: u16,
         now: f64,
         retry_after: f64,
+        is_whole: bool,
     ) -> PyResult<u8> {
         self.last = seconds(now);
         let retry_after = (retry_after >= 0.0).then(|| seconds(retry_after));
-        match self.call.head(token, self::outcome(outcome)?, status, retry_after, self.last) {
+        let outcome = self::outcome(outcome)?;
+        match self.call.head(token, outcome, status, retry_after, self.last) {
+            Ok(Reply::Deliver) if is_whole && outcome == Outcome::Response => {
+                self.call.finish(token, outcome, self.last).map_err(|why| errors::refusal(py, why))?;
+                Ok(DELIVER)
+            }
             Ok(Reply::Deliver) => Ok(DELIVER),
             Ok(Reply::Retry) => Ok(RETRY),
+            Ok(Reply::Await) => Ok(AWAIT),
             Err(why) => Err(errors::refusal(py, why)),
         }
     }
@@ -237,17 +306,21 @@ impl Call {
         out.set_item("deadline", record.deadline)?;
         out.set_item("idempotent", record.is_idempotent)?;
         out.set_item("retries", record.retries)?;
-        let address = |place: u32| record.endpoints.iter().find(|e| e.0 == place).map(|e| e.1.clone());
+        out.set_item("hedges", record.hedges)?;
+        let candidate = |place: u32| record.endpoints.iter().find(|e| e.place == place);
+        let address = |place: u32| candidate(place).map(|e| e.address.as_str());
         let candidates = PyList::empty(py);
-        for (place, name, breaker, average, in_flight) in &record.endpoints {
+        for endpoint in &record.endpoints {
+            let place = endpoint.place;
             let row = PyDict::new(py);
-            row.set_item("endpoint", name)?;
-            row.set_item("breaker", *breaker)?;
-            row.set_item("ewma_ms", average * 1e3)?;
-            row.set_item("in_flight", in_flight)?;
+            row.set_item("endpoint", &endpoint.address)?;
+            row.set_item("zone", &endpoint.zone)?;
+            row.set_item("breaker", endpoint.breaker)?;
+            row.set_item("ewma_ms", endpoint.average * 1e3)?;
+            row.set_item("in_flight", endpoint.in_flight)?;
             let score = record.events.iter().rev().find_map(|event| match (event.endpoint, event.other) {
-                (Some(at), _) if at == *place && event.cost > 0.0 => Some(event.cost),
-                (_, Some((at, cost))) if at == *place => Some(cost),
+                (Some(at), _) if at == place && event.cost > 0.0 => Some(event.cost),
+                (_, Some((at, cost))) if at == place => Some(cost),
                 _ => None,
             });
             row.set_item("score", score)?;
@@ -274,6 +347,9 @@ impl Call {
             if event.status > 0 {
                 detail.set_item("status", event.status)?;
             }
+            if event.what == "picked in zone" {
+                detail.set_item("zone", event.endpoint.and_then(candidate).map(|e| e.zone.as_str()))?;
+            }
             if !event.word.is_empty() {
                 detail.set_item("why", event.word)?;
             }
@@ -286,6 +362,13 @@ impl Call {
         out.set_item("events", events)?;
         Ok(out)
     }
+}
+
+/// An end later than this is none.
+const FOREVER: f64 = 1e9;
+
+fn field<'py>(py: Python<'py>, name: &'static str, value: &str) -> PyResult<Bound<'py, PyAny>> {
+    Ok((PyBytes::new(py, name.as_bytes()), PyBytes::new(py, value.as_bytes())).into_pyobject(py)?.into_any())
 }
 
 fn outcome(code: u8) -> PyResult<Outcome> {

@@ -10,6 +10,7 @@ use pyo3::import_exception;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyBytes, PyList, PyMapping};
 
+mod blocking;
 mod events;
 mod http;
 mod tls;
@@ -31,6 +32,13 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("EVENT_END", events::END)?;
     module.add("EVENT_RESPONSE", events::RESPONSE)?;
     module.add("EVENT_CLOSED", events::CLOSED)?;
+    module.add("EVENT_WRITABLE", events::WRITABLE)?;
+    module.add("EVENT_RESET", events::RESET)?;
+    module.add("CONVERSE_DONE", blocking::DONE)?;
+    module.add("CONVERSE_EARLY", blocking::EARLY)?;
+    module.add("CONVERSE_LATE", blocking::LATE)?;
+    module.add("CONVERSE_CLOSED", blocking::CLOSED)?;
+    module.add("CONVERSE_INTERRUPTED", blocking::INTERRUPTED)?;
     module.add_class::<TlsClient>()?;
     module.add_class::<TlsServer>()?;
     module.add_class::<HttpConnection>()?;
@@ -95,13 +103,18 @@ pub fn raise(py: Python<'_>, address: &str, error: Error, is_written: bool) -> P
         ErrorKind::TrustDomain => (py.get_type::<TrustDomainError>(), false),
         ErrorKind::PeerIdentity => (py.get_type::<PeerIdentityError>(), true),
         ErrorKind::Tls => (py.get_type::<TlsError>(), true),
-        ErrorKind::Lost => (py.get_type::<ConnectionLost>(), true),
+        ErrorKind::Lost | ErrorKind::Stale | ErrorKind::Unprocessed => (py.get_type::<ConnectionLost>(), true),
         ErrorKind::Protocol => (py.get_type::<ProtocolError>(), true),
     };
     let message = if address.is_empty() { error.message.into_owned() } else { format!("{address}: {}", error.message) };
     let made = [("hint", error.hint)].into_py_dict(py).and_then(|keywords| {
         if is_attempt {
             keywords.set_item("is_written", is_written)?;
+        }
+        match error.kind {
+            ErrorKind::Stale => keywords.set_item("reason", "send.stale")?,
+            ErrorKind::Unprocessed => keywords.set_item("reason", "send.unwritten")?,
+            _ => {}
         }
         class.call((message,), Some(&keywords))
     });

@@ -12,6 +12,8 @@
 //! client.rs            the engine: the plan, swapped as a whole; a call pins one state of it
 //! client/fleet.rs      Services, Backends and Endpoints as state, and what survives a swap
 //! client/call.rs       one call: begin, next, head, finish
+//! client/call/hedge.rs a second attempt beside the first
+//! client/carried.rs    what an attempt tells the next hop
 //! ```
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,9 +27,10 @@ use crate::random::Random;
 use crate::route::{host_of, Headers};
 
 mod call;
+pub mod carried;
 mod fleet;
 
-pub use call::{Call, Event, Next, Record, Reply, Request};
+pub use call::{Call, Candidate, Event, Next, Record, Reply, Request};
 pub use fleet::EndpointReading;
 use fleet::Service;
 

@@ -34,6 +34,8 @@ pub struct RoutePlan {
     pub backends: Vec<BackendPlan>,
     pub retry: RetryPlan,
     pub deadline: f64,
+    /// Seconds without progress that a stream may stay after its head.
+    pub stream_idle: f64,
 }
 
 #[derive(Debug, Clone, Deserialize)]

@@ -32,8 +32,9 @@ pub struct Facts {
     /// The body can be sent again.
     pub is_replayable: bool,
     pub has_replayed: bool,
-    /// Retries that this call has already spent.
+    /// Retries that this call has already spent, and how many it may spend.
     pub retries: u32,
+    pub most_retries: u32,
     /// Above 0 a caller further up is already retrying, and this layer must not.
     pub layer: u32,
     pub left: Duration,
@@ -76,8 +77,8 @@ pub fn judge(
     if facts.layer > 0 {
         return Verdict::Deliver("a caller further up is already retrying");
     }
-    if facts.retries >= plan.attempts {
-        return Verdict::Deliver(if plan.attempts == 0 { "retry is off" } else { "no retry left" });
+    if facts.retries >= facts.most_retries {
+        return Verdict::Deliver(if facts.most_retries == 0 { "retry is off" } else { "no retry left" });
     }
     let wait = match facts.retry_after {
         Some(asked) => asked,
@@ -90,6 +91,17 @@ pub fn judge(
         return Verdict::Deliver("the retry budget is empty");
     }
     Verdict::Retry(wait, word)
+}
+
+/// Why may a call never be hedged? None if it may: whether there is an endpoint, a budget and the time is another question.
+pub fn unhedged(is_idempotent: bool, is_replayable: bool, layer: u32, can_overlap: bool) -> Option<&'static str> {
+    let reasons = [
+        (!is_idempotent, "not idempotent, and both may be processed"),
+        (!is_replayable, "the body was streamed and can't be sent again"),
+        (layer > 0, "a caller further up is already retrying"),
+        (!can_overlap, "a blocking client has one thread"),
+    ];
+    reasons.iter().find(|(is_so, _)| *is_so).map(|(_, word)| *word)
 }
 
 /// Full jitter: uniform below `base * 2^n`, capped (AWS, "Exponential backoff and jitter"; Envoy's 25 and 250 ms).
@@ -204,6 +216,7 @@ mod tests {
             is_replayable: true,
             has_replayed: false,
             retries: 0,
+            most_retries: 1,
             layer: 0,
             left: 15 * SECOND,
             retry_after: None,

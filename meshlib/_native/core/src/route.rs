@@ -197,6 +197,7 @@ mod tests {
                 idempotent: false,
             },
             deadline: 15.0,
+            stream_idle: 60.0,
         })
     }
 

@@ -21,6 +21,10 @@ pub enum ErrorKind {
     Tls,
     /// The connection ended before a byte of the answer came.
     Lost,
+    /// The same, on a connection that had been kept open: it may have been closed before the request came there.
+    Stale,
+    /// The other side says that it did not process the request.
+    Unprocessed,
     /// The other side does not speak correct HTTP.
     Protocol,
 }

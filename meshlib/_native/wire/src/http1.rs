@@ -17,7 +17,7 @@ use request::{Plan, Request};
 use response::{BodyLength, HeadReader};
 
 /// Interim (1xx) answers to one request; more is a peer that plays with us.
-const MAX_INTERIM: u8 = 16;
+pub const MAX_INTERIM: u8 = 16;
 
 /// What the next byte from the peer belongs to.
 #[derive(Debug)]
@@ -71,6 +71,11 @@ impl Default for Http1 {
 impl Http1 {
     pub fn is_idle(&self) -> bool {
         matches!(self.reading, Reading::Idle)
+    }
+
+    /// The protocol was changed, and the bytes are the application's.
+    pub fn is_upgraded(&self) -> bool {
+        matches!(self.reading, Reading::Upgraded)
     }
 
     pub fn is_over(&self) -> bool {

@@ -1,12 +1,14 @@
 //! How do bytes that arrived become Python objects, each made once and none of them twice?
 //!
 //! The codec calls the `Collector` with slices of the buffer; it makes `bytes` straight from them. A whole answer becomes one
-//! tuple, because that is what nearly every call is. Names that every server sends are kept as objects. Small pieces of a body are
+//! tuple, because that is what nearly every call is. For many exchanges at once each event stands beside its stream. Names that every server sends are kept as objects. Small pieces of a body are
 //! joined, so that a peer that sends a million one-byte chunks makes us no million objects.
-use mesh_wire::Sink;
+use mesh_wire::{Error, ErrorKind, Sink, StreamSink};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyList, PyTuple};
+
+use super::raise;
 
 pub const OPEN: u8 = 0;
 pub const HEAD: u8 = 1;
@@ -14,6 +16,8 @@ pub const BODY: u8 = 2;
 pub const END: u8 = 3;
 pub const RESPONSE: u8 = 4;
 pub const CLOSED: u8 = 5;
+pub const WRITABLE: u8 = 6;
+pub const RESET: u8 = 7;
 
 /// From this size on a piece of a streamed body is an event of its own.
 const LARGE: usize = 4096;
@@ -37,11 +41,18 @@ pub struct Collector<'py> {
     head: Option<Head<'py>>,
     body: Body<'py>,
     failure: Option<PyErr>,
+    /// Where there are many: the one that events belong to, and the address that errors name.
+    stream: Option<(u32, String)>,
 }
 
 impl<'py> Collector<'py> {
     pub fn new(py: Python<'py>) -> Self {
-        Collector { py, events: Vec::new(), head: None, body: Body::None, failure: None }
+        Collector { py, events: Vec::new(), head: None, body: Body::None, failure: None, stream: None }
+    }
+
+    /// For many exchanges at once: each event comes as (stream, event).
+    pub fn of_streams(py: Python<'py>, address: &str) -> Self {
+        Collector { stream: Some((0, address.to_owned())), ..Collector::new(py) }
     }
 
     /// All events of this call, in order.
@@ -54,7 +65,11 @@ impl<'py> Collector<'py> {
     }
 
     fn push(&mut self, event: impl IntoPyObject<'py, Target = PyTuple, Output = Bound<'py, PyTuple>, Error = PyErr>) {
-        match event.into_pyobject(self.py) {
+        let event = event.into_pyobject(self.py).and_then(|event| match &self.stream {
+            None => Ok(event),
+            Some((stream, _)) => (*stream, event).into_pyobject(self.py),
+        });
+        match event {
             Ok(event) => self.events.push(event),
             Err(error) => self.failure = Some(error),
         }
@@ -147,6 +162,28 @@ impl Sink for Collector<'_> {
     fn closed(&mut self) {
         self.flush();
         self.push((CLOSED,));
+    }
+
+    fn writable(&mut self) {
+        self.flush();
+        self.push((WRITABLE,));
+    }
+}
+
+impl StreamSink for Collector<'_> {
+    fn select(&mut self, stream: u32) {
+        self.flush();
+        if let Some((selected, _)) = &mut self.stream {
+            *selected = stream;
+        }
+    }
+
+    fn reset(&mut self, error: &Error) {
+        self.flush();
+        let address = self.stream.as_ref().map_or("", |(_, address)| address);
+        let is_written = error.kind != ErrorKind::Unprocessed;
+        let error = raise(self.py, address, error.clone(), is_written).into_value(self.py);
+        self.push((RESET, error));
     }
 }
 

@@ -22,12 +22,14 @@ pub struct TlsClient {
 #[pymethods]
 impl TlsClient {
     #[new]
+    #[pyo3(signature = (chain, key, bundles, generation, before = None))]
     fn new(
         py: Python<'_>,
         chain: Option<&[u8]>,
         key: Option<&[u8]>,
         bundles: &Bound<'_, PyMapping>,
         generation: u64,
+        before: Option<&Bound<'_, TlsClient>>,
     ) -> PyResult<TlsClient> {
         let bundles = bundles_of(bundles)?;
         let svid = match (chain, key) {
@@ -38,11 +40,20 @@ impl TlsClient {
         let wire = mesh_wire::tls::bundles(bundles.iter().map(|(name, pem)| (name.as_str(), pem.as_slice())))
             .and_then(|bundles| mesh_wire::TlsClient::new(svid, bundles, Arc::new(SystemTime)))
             .map_err(|error| raise(py, "", error, false))?;
+        let wire = match before {
+            Some(before) => wire.counting_on(&before.get().wire),
+            None => wire,
+        };
         Ok(TlsClient { wire: Arc::new(wire), generation })
     }
 
+    #[getter]
+    fn not_after(&self) -> f64 {
+        self.wire.not_after().map_or(f64::INFINITY, |end| end as f64)
+    }
+
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        self.wire.handshakes.counts().into_py_dict(py)
+        self.wire.stats().into_py_dict(py)
     }
 }
 
@@ -56,7 +67,9 @@ pub struct TlsServer {
 #[pymethods]
 impl TlsServer {
     #[new]
-    #[pyo3(signature = (chain, key, bundles, generation, require_client, alpn = vec![b"http/1.1".to_vec()]))]
+    #[pyo3(signature = (chain, key, bundles, generation, require_client, alpn = vec![b"http/1.1".to_vec()], before = None))]
+    // One argument for each thing that the other side of the seam decides.
+    #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
         chain: &[u8],
@@ -65,6 +78,7 @@ impl TlsServer {
         generation: u64,
         require_client: bool,
         alpn: Vec<Vec<u8>>,
+        before: Option<&Bound<'_, TlsServer>>,
     ) -> PyResult<TlsServer> {
         let bundles = bundles_of(bundles)?;
         let wire = mesh_wire::tls::bundles(bundles.iter().map(|(name, pem)| (name.as_str(), pem.as_slice())))
@@ -72,6 +86,10 @@ impl TlsServer {
                 mesh_wire::TlsServer::new(chain, key, bundles, require_client, alpn, Arc::new(SystemTime))
             })
             .map_err(|error| raise(py, "", error, false))?;
+        let wire = match before {
+            Some(before) => wire.counting_on(&before.get().wire),
+            None => wire,
+        };
         Ok(TlsServer { wire: Arc::new(wire), generation })
     }
 
@@ -81,7 +99,7 @@ impl TlsServer {
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        self.wire.handshakes.counts().into_py_dict(py)
+        self.wire.stats().into_py_dict(py)
     }
 }
 

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::carried;
 use super::fleet::{Backend, Eligible, Endpoint, Fleet, Service};
 use super::Refusal;
 use crate::balance::{round_robin, two_choices, Pick};
@@ -15,6 +16,8 @@ use crate::random::Random;
 use crate::retry::{judge, Facts, Verdict};
 use crate::route::{Headers, Route};
 
+mod hedge;
+
 /// What the application asks.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
@@ -23,6 +26,14 @@ pub struct Request<'a> {
     pub path: &'a str,
     /// An end set further up, on the same clock as `now`.
     pub deadline: Option<Duration>,
+    /// Seconds for the whole call in place of the route's.
+    pub timeout: Option<Duration>,
+    /// Retries in place of the route's; the budget stays.
+    pub retries: Option<u32>,
+    /// How long an attempt may be without an answer before another goes out beside it; None: for ever.
+    pub hedge: Option<Duration>,
+    /// Endpoints of this zone first.
+    pub zone: Option<&'a str>,
     /// The application's own word; None leaves it to method and route.
     pub is_idempotent: Option<bool>,
     pub is_replayable: bool,
@@ -34,7 +45,14 @@ pub struct Request<'a> {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Next {
     Wait(Duration),
-    Send { token: u32, address: Arc<str>, identity: Arc<str> },
+    Send {
+        token: u32,
+        address: Arc<str>,
+        identity: Arc<str>,
+        is_http2: bool,
+    },
+    /// An attempt is under way, and what comes of it decides.
+    Await,
 }
 
 /// What the driver does with what came back.
@@ -42,6 +60,8 @@ pub enum Next {
 pub enum Reply {
     Deliver,
     Retry,
+    /// Not good enough, but another attempt is under way.
+    Await,
 }
 
 pub struct Call {
@@ -56,14 +76,24 @@ pub struct Call {
     is_replayable: bool,
     layer: u32,
     has_replayed: bool,
+    /// Retries spent, and how many there may be.
     retries: u32,
+    most_retries: u32,
+    /// The hedge that may still come, and how many were sent.
+    hedge: Option<Duration>,
+    hedges: u32,
+    /// Its number in the fleet.
+    zone: Option<u32>,
     wait_until: Option<Duration>,
-    replay: Option<u32>,
+    /// Where the next attempt goes, if that is settled already.
+    chosen: Option<(u32, Event)>,
     attempts: Vec<Attempt>,
     /// Places of the endpoints that were tried.
     tried: Vec<u32>,
     is_done: bool,
     trail: Vec<Event>,
+    /// The trace that this call began, the same for all its attempts.
+    trace: Option<String>,
 }
 
 #[derive(Debug)]
@@ -75,6 +105,23 @@ struct Attempt {
     is_over: bool,
     /// Time to the head, once it came.
     took: Option<Duration>,
+}
+
+impl Attempt {
+    fn is_under_way(&self) -> bool {
+        !self.is_over && self.took.is_none()
+    }
+}
+
+/// An endpoint as a record shows it.
+pub struct Candidate {
+    pub place: u32,
+    pub address: String,
+    pub zone: String,
+    pub breaker: &'static str,
+    /// Seconds.
+    pub average: f64,
+    pub in_flight: u32,
 }
 
 /// One decision, for `explain`.
@@ -115,7 +162,8 @@ pub struct Record {
     pub deadline: f64,
     pub is_idempotent: bool,
     pub retries: u32,
-    pub endpoints: Vec<(u32, String, &'static str, f64, u32)>,
+    pub hedges: u32,
+    pub endpoints: Vec<Candidate>,
     pub events: Vec<Event>,
 }
 
@@ -136,7 +184,7 @@ impl Call {
             return Err(Refusal::Misuse("a route that was found is gone"));
         };
         let limit = service.plan.admit.in_flight;
-        let own = now + Duration::from_secs_f64(route.plan.deadline.max(0.0));
+        let own = now + request.timeout.unwrap_or_else(|| Duration::from_secs_f64(route.plan.deadline.max(0.0)));
         let deadline = request.deadline.map_or(own, |end| end.min(own));
         if deadline <= now {
             let text = format!("the deadline had passed before the call to {:?} began", service.plan.name);
@@ -172,12 +220,17 @@ impl Call {
             layer: request.layer,
             has_replayed: false,
             retries: 0,
+            most_retries: request.retries.unwrap_or(route.plan.retry.attempts),
+            hedge: request.hedge,
+            hedges: 0,
+            zone: request.zone.and_then(|zone| fleet.zone(zone)),
             wait_until: None,
-            replay: None,
+            chosen: None,
             attempts: Vec::with_capacity(1),
             tried: Vec::new(),
             is_done: false,
             trail,
+            trace: None,
             service,
             fleet,
             random,
@@ -201,24 +254,37 @@ impl Call {
         Duration::from_secs_f64(self.service.plan.admit.connect.max(0.0))
     }
 
+    /// Seconds without progress that the body of a stream may stay.
+    pub fn stream_idle(&self) -> f64 {
+        self.plan().map_or(0.0, |route| route.plan.stream_idle)
+    }
+
     pub fn is_idempotent(&self) -> bool {
         self.is_idempotent
     }
 
+    /// A new trace for a call that belongs to none, made once.
+    pub fn traceparent(&mut self, sample: f64) -> &str {
+        self.trace.get_or_insert_with(|| carried::traceparent(&self.random, sample))
+    }
+
     /// Attempts sent so far; the number of the next one, which travels.
     pub fn attempts(&self) -> u32 {
-        self.layer + self.retries
+        self.layer + self.retries + self.hedges
     }
 
     /// Another attempt is possible, so that the driver must keep the body.
     pub fn has_attempts_left(&self) -> bool {
-        !self.is_done && self.plan().is_some_and(|route| self.retries < route.plan.retry.attempts)
+        !self.is_done && (self.retries < self.most_retries || self.under_way() > 1)
     }
 
     /// balance > admit: who takes the next attempt.
     pub fn next(&mut self, now: Duration) -> Result<Next, Refusal> {
         if self.is_done {
             return Err(Refusal::Misuse("next() after the end of the call"));
+        }
+        if self.chosen.is_none() && self.under_way() > 0 {
+            return Ok(Next::Await);
         }
         if now >= self.deadline {
             return Err(self.refuse(now, |call| {
@@ -236,8 +302,8 @@ impl Call {
                 return Ok(Next::Wait(until - now));
             }
         }
-        let (place, is_probe, event) = match self.replay.take() {
-            Some(place) => (place, false, Event { what: "sent again on a fresh connection", ..Event::NONE }),
+        let (place, is_probe, event) = match self.chosen.take() {
+            Some((place, event)) => (place, false, event),
             None => match self.choose(now) {
                 Some(choice) => choice,
                 None => return Err(self.refuse(now, Self::nowhere)),
@@ -251,6 +317,7 @@ impl Call {
             token: self.attempts.len() as u32,
             address: endpoint.address.clone(),
             identity: endpoint.identity.clone(),
+            is_http2: self.service.plan.protocol == "http2",
         };
         if !self.tried.contains(&place) {
             self.tried.push(place);
@@ -286,8 +353,16 @@ impl Call {
         }
         // The ordinary answer needs no judgement and leaves no words.
         let is_plain = outcome == Outcome::Response && status < 500;
+        let is_listed = self.plan().is_some_and(|route| route.plan.retry.statuses.contains(&status));
+        if (outcome != Outcome::Response || is_listed) && self.under_way() > 0 {
+            let event = Event { at: now, endpoint: Some(place), status, ..Event::NONE };
+            self.trail.push(Event { phase: "send", what: outcome.word(), ..event.clone() });
+            self.trail.push(Event { phase: "retry", what: "awaited", word: "another attempt is under way", ..event });
+            self.end_attempt(token);
+            return Ok(Reply::Await);
+        }
         let verdict = match self.plan() {
-            Some(route) if !is_plain || route.plan.retry.statuses.contains(&status) => {
+            Some(route) if !is_plain || is_listed => {
                 let facts = Facts {
                     outcome,
                     status,
@@ -295,6 +370,7 @@ impl Call {
                     is_replayable: self.is_replayable,
                     has_replayed: self.has_replayed,
                     retries: self.retries,
+                    most_retries: self.most_retries,
                     layer: self.layer,
                     left: self.deadline.saturating_sub(now),
                     retry_after,
@@ -328,9 +404,12 @@ impl Call {
             }
             Verdict::Replay => {
                 self.has_replayed = true;
-                self.replay = Some(place);
+                self.chosen = Some((place, Event { what: "sent again on a fresh connection", ..Event::NONE }));
             }
-            Verdict::Deliver(_) if outcome == Outcome::Response => return Ok(Reply::Deliver),
+            Verdict::Deliver(_) if outcome == Outcome::Response => {
+                self.give_up_rest(now);
+                return Ok(Reply::Deliver);
+            }
             Verdict::Deliver(_) => {
                 self.end_attempt(token);
                 self.end(status, true, now);
@@ -399,8 +478,14 @@ impl Call {
         let describe = |place: u32| {
             let endpoint = self.fleet.endpoints.get(place as usize)?;
             let health = endpoint.state.health.lock();
-            let (word, average) = (health.breaker.state.word(), health.average.read(balance, now));
-            Some((place, endpoint.address.to_string(), word, average, endpoint.state.in_flight.count()))
+            Some(Candidate {
+                place,
+                address: endpoint.address.to_string(),
+                zone: self.fleet.zone_of(endpoint).to_owned(),
+                breaker: health.breaker.state.word(),
+                average: health.average.read(balance, now),
+                in_flight: endpoint.state.in_flight.count(),
+            })
         };
         let plan = self.plan().map(|route| &route.plan);
         Record {
@@ -410,6 +495,7 @@ impl Call {
             deadline: self.deadline.saturating_sub(self.begun).as_secs_f64(),
             is_idempotent: self.is_idempotent,
             retries: self.retries,
+            hedges: self.hedges,
             endpoints: places.into_iter().filter_map(describe).collect(),
             events: self.trail.iter().map(|e| Event { at: e.at.saturating_sub(self.begun), ..e.clone() }).collect(),
         }
@@ -421,8 +507,8 @@ impl Call {
 
     /// Three cases, in this order:
     /// 1. An ejected endpoint whose wait is over takes this call as its probe (first attempts only: a retry must not gamble).
-    /// 2. The balancer picks among the healthy of the backend that were not tried.
-    /// 3. Nothing is left there: other backends of the route, then endpoints that were tried already.
+    /// 2. The balancer picks among those that were not tried.
+    /// 3. Nothing is left there: endpoints that were tried already.
     fn choose(&self, now: Duration) -> Option<(u32, bool, Event)> {
         let backend = self.fleet.backend(self.route, self.backend)?;
         if self.attempts.is_empty() {
@@ -430,14 +516,32 @@ impl Call {
                 return Some((place as u32, true, Event { what: "probe", ..Event::NONE }));
             }
         }
-        let picked = |pick: Pick, backend: &Backend, what| {
-            let place = backend.place(pick.index)?;
-            let other = pick.other.and_then(|(index, cost)| backend.place(index).map(|p| (p as u32, cost)));
-            Some((place as u32, false, Event { what, cost: pick.cost, other, ..Event::NONE }))
-        };
+        let (place, event) = self.choose_untried(now).or_else(|| {
+            // A healthy one that was tried before one that is known to be sick.
+            let pick = self.pick(backend, false, &[], now).or_else(|| self.pick(backend, true, &[], now))?;
+            picked(pick, backend, "picked again, for want of another")
+        })?;
+        Some((place, false, event))
+    }
+
+    /// Three cases, in this order:
+    /// 1. The healthy of the backend in the zone that the call prefers. Not in panic, when all must share what there is.
+    /// 2. The healthy of the backend; in panic, all of it.
+    /// 3. Other backends of the route.
+    fn choose_untried(&self, now: Duration) -> Option<(u32, Event)> {
+        let backend = self.fleet.backend(self.route, self.backend)?;
         let is_panic = self.service.is_panicking(&self.fleet, backend);
-        let what = if is_panic { "picked in panic" } else { "picked" };
+        if let Some(near) = self.zone.filter(|_| !is_panic).and_then(|zone| backend.in_zone(zone)) {
+            if let Some(pick) = self.pick(near, false, &self.tried, now) {
+                return picked(pick, near, "picked in zone");
+            }
+        }
         if let Some(pick) = self.pick(backend, is_panic, &self.tried, now) {
+            let what = match self.zone {
+                _ if is_panic => "picked in panic",
+                Some(_) => "picked outside the zone",
+                None => "picked",
+            };
             return picked(pick, backend, what);
         }
         let others = &self.plan()?.plan.backends;
@@ -450,9 +554,7 @@ impl Call {
                 return picked(pick, other, "picked from another backend");
             }
         }
-        // A healthy one that was tried before one that is known to be sick.
-        let pick = self.pick(backend, false, &[], now).or_else(|| self.pick(backend, true, &[], now))?;
-        picked(pick, backend, "picked again, for want of another")
+        None
     }
 
     fn pick(&self, backend: &Backend, is_panic: bool, tried: &[u32], now: Duration) -> Option<Pick> {
@@ -507,13 +609,15 @@ impl Call {
         if !self.is_done {
             self.is_done = true;
             self.service.state.in_flight.leave();
-            let took = self.attempts.last().and_then(|a| a.took.map(|t| a.sent + t)).unwrap_or(now);
+            // The last head that came is the one that counted, also where attempts overlapped.
+            let took = self.attempts.iter().filter_map(|a| a.took.map(|t| a.sent + t)).max().unwrap_or(now);
             self.service.state.counters.note(status, is_failure, took.saturating_sub(self.begun));
         }
     }
 
     fn refuse(&mut self, now: Duration, why: impl Fn(&Self) -> Refusal) -> Refusal {
         let refusal = why(self);
+        self.give_up_rest(now);
         self.trail.push(Event { at: now, phase: "retry", what: "refused", ..Event::NONE });
         self.end(0, true, now);
         refusal
@@ -529,6 +633,12 @@ impl Call {
             "all {count} endpoints of the backend of route {route:?} of {service:?} are taken out"
         ))
     }
+}
+
+fn picked(pick: Pick, backend: &Backend, what: &'static str) -> Option<(u32, Event)> {
+    let place = backend.place(pick.index)?;
+    let other = pick.other.and_then(|(index, cost)| backend.place(index).map(|p| (p as u32, cost)));
+    Some((place as u32, Event { what, cost: pick.cost, other, ..Event::NONE }))
 }
 
 impl Drop for Call {

@@ -41,6 +41,8 @@ pub struct ServiceState {
 pub struct Fleet {
     pub version: u64,
     pub endpoints: Vec<Endpoint>,
+    /// Their names, by number.
+    zones: Vec<String>,
     /// By route, by backend.
     backends: Vec<Vec<Arc<Backend>>>,
 }
@@ -49,6 +51,8 @@ pub struct Fleet {
 pub struct Backend {
     /// None: all endpoints of the Service.
     members: Option<Vec<u32>>,
+    /// Its endpoints by zone, where there is more than one.
+    zones: Vec<Backend>,
     pub turn: AtomicUsize,
 }
 
@@ -60,6 +64,7 @@ pub struct Endpoint {
     /// What discovery said of its identity, so that a new plan is merged with that and not with the old plan.
     found_identity: Arc<str>,
     weight: f32,
+    zone: u32,
     labels: Arc<BTreeMap<String, String>>,
     pub state: Arc<EndpointState>,
 }
@@ -121,7 +126,8 @@ impl Service {
         // Thousands of endpoints share a handful of label sets and identities: keep one of each.
         let mut labels: Vec<Arc<BTreeMap<String, String>>> = Vec::new();
         let mut identities: AHashMap<String, Arc<str>> = AHashMap::new();
-        let mut endpoints = Vec::with_capacity(addresses.len());
+        let mut zones: AHashMap<String, u32> = AHashMap::new();
+        let mut endpoints: Vec<Endpoint> = Vec::with_capacity(addresses.len());
         for (place, found) in addresses.into_iter().enumerate() {
             let shared = match labels.iter().find(|known| ***known == found.labels) {
                 Some(known) => known.clone(),
@@ -141,16 +147,19 @@ impl Service {
                 None => Arc::new(EndpointState::new(&self.plan.balance, now)),
             };
             state.place.store(place as u32, Ordering::Release);
+            let next = zones.len() as u32;
+            let zone = *zones.entry(found.zone).or_insert(next);
             endpoints.push(Endpoint {
                 address: Arc::from(found.address),
                 identity,
                 found_identity,
                 weight: found.weight.max(0.0) as f32,
+                zone,
                 labels: shared,
                 state,
             });
         }
-        let all = Arc::new(Backend { members: None, turn: AtomicUsize::new(0) });
+        let all = Arc::new(Backend::new(None, &endpoints, zones.len()));
         let backends = self
             .routes
             .iter()
@@ -161,13 +170,15 @@ impl Service {
                     }
                     let is_member = |e: &Endpoint| wanted.iter().all(|(name, value)| e.labels.get(name) == Some(value));
                     let members = endpoints.iter().enumerate().filter(|(_, e)| is_member(e)).map(|(i, _)| i as u32);
-                    Arc::new(Backend { members: Some(members.collect()), turn: AtomicUsize::new(0) })
+                    Arc::new(Backend::new(Some(members.collect()), &endpoints, zones.len()))
                 };
                 route.plan.backends.iter().map(|backend| select(&backend.labels)).collect()
             })
             .collect();
-        let fleet = Fleet { version, endpoints, backends };
-        let fleet = Arc::new(fleet);
+        let mut zones: Vec<(String, u32)> = zones.into_iter().collect();
+        zones.sort_unstable_by_key(|(_, number)| *number);
+        let zones = zones.into_iter().map(|(name, _)| name).collect();
+        let fleet = Arc::new(Fleet { version, endpoints, zones, backends });
         let old = std::mem::replace(&mut *self.fleet.lock(), fleet.clone());
         self.state.keep_ejected(|state| fleet.place_of(state).is_some());
         // A table of many endpoints is freed where nobody waits for it.
@@ -355,11 +366,21 @@ impl ServiceState {
 
 impl Fleet {
     fn empty() -> Self {
-        Self { version: 0, endpoints: Vec::new(), backends: Vec::new() }
+        Self { version: 0, endpoints: Vec::new(), zones: Vec::new(), backends: Vec::new() }
     }
 
     pub fn backend(&self, route: usize, backend: usize) -> Option<&Arc<Backend>> {
         self.backends.get(route).and_then(|list| list.get(backend))
+    }
+
+    /// The number of a zone; None also where all endpoints are in one, so that there is nothing to prefer.
+    pub fn zone(&self, name: &str) -> Option<u32> {
+        let found = self.zones.iter().position(|zone| zone == name)?;
+        (self.zones.len() > 1).then_some(found as u32)
+    }
+
+    pub fn zone_of(&self, endpoint: &Endpoint) -> &str {
+        self.zones.get(endpoint.zone as usize).map_or("", String::as_str)
     }
 
     /// Where an endpoint stands in this fleet, if it does.
@@ -372,7 +393,7 @@ impl Fleet {
         let back = |e: &Endpoint| Address {
             address: e.address.to_string(),
             weight: f64::from(e.weight),
-            zone: String::new(),
+            zone: self.zone_of(e).to_owned(),
             labels: (*e.labels).clone(),
             identity: e.found_identity.to_string(),
         };
@@ -383,6 +404,28 @@ impl Fleet {
 // === impl Backend ===
 
 impl Backend {
+    fn new(members: Option<Vec<u32>>, endpoints: &[Endpoint], zones: usize) -> Self {
+        let plain = |members| Self { members, zones: Vec::new(), turn: AtomicUsize::new(0) };
+        let mut backend = plain(members);
+        if zones > 1 {
+            let mut lists = vec![Vec::new(); zones];
+            for place in
+                (0..backend.members.as_ref().map_or(endpoints.len(), Vec::len)).filter_map(|i| backend.place(i))
+            {
+                if let Some(list) = endpoints.get(place).and_then(|endpoint| lists.get_mut(endpoint.zone as usize)) {
+                    list.push(place as u32);
+                }
+            }
+            backend.zones = lists.into_iter().map(|list| plain(Some(list))).collect();
+        }
+        backend
+    }
+
+    /// The part of it that is in a zone.
+    pub fn in_zone(&self, zone: u32) -> Option<&Backend> {
+        self.zones.get(zone as usize)
+    }
+
     pub fn count(&self, fleet: &Fleet) -> usize {
         self.members.as_ref().map_or(fleet.endpoints.len(), Vec::len)
     }

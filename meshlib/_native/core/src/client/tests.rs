@@ -5,13 +5,15 @@ use std::collections::HashMap;
 use super::*;
 use crate::model::Outcome::{self, Cancelled, Refused, Reset, Response, Stale};
 
+mod hedges;
+
 const PLAN: &str = r#"{"services":[{"name":"orders","hosts":["orders"],"protocol":"http","identity":"spiffe://shop/orders",
   "routes":[{"name":"split","match":{"path":{"kind":"prefix","value":"/split"},"methods":[],"headers":[]},
      "backends":[{"name":"v1","labels":{"version":"v1"},"weight":90},{"name":"v2","labels":{"version":"v2"},"weight":10}],
-     "retry":{"attempts":1,"backoff_base":0.025,"backoff_max":0.25,"statuses":[503],"idempotency_key":true,"idempotent":false},"deadline":2.0},
+     "retry":{"attempts":1,"backoff_base":0.025,"backoff_max":0.25,"statuses":[503],"idempotency_key":true,"idempotent":false},"deadline":2.0,"stream_idle":60.0},
    {"name":"all","match":{"path":{"kind":"prefix","value":"/"},"methods":["GET","POST"],"headers":[]},
      "backends":[{"name":"all","labels":{},"weight":1}],
-     "retry":{"attempts":1,"backoff_base":0.025,"backoff_max":0.25,"statuses":[503],"idempotency_key":false,"idempotent":false},"deadline":15.0}],
+     "retry":{"attempts":1,"backoff_base":0.025,"backoff_max":0.25,"statuses":[503],"idempotency_key":false,"idempotent":false},"deadline":15.0,"stream_idle":60.0}],
   "budget":{"ratio":0.2,"per_second":10.0,"window":10.0},
   "balance":{"policy":"POLICY","decay":10.0,"start":0.03,"penalty":5.0,"panic":0.5},
   "admit":{"in_flight":4,"connect":1.0,"breaker":{"failures":5,"success_rate":0.8,"window":10.0,"minimum_calls":5,"open_min":1.0,"open_max":60.0,"max_ejected":0.5}}}]}"#;
@@ -42,7 +44,19 @@ fn engine() -> Engine {
 }
 
 fn request<'a>(method: &'a str, path: &'a str) -> Request<'a> {
-    Request { authority: "orders", method, path, deadline: None, is_idempotent: None, is_replayable: true, layer: 0 }
+    Request {
+        authority: "orders",
+        method,
+        path,
+        deadline: None,
+        is_idempotent: None,
+        is_replayable: true,
+        timeout: None,
+        retries: None,
+        hedge: None,
+        zone: None,
+        layer: 0,
+    }
 }
 
 fn begin(engine: &Engine, method: &str, path: &str, now: f64) -> Call {
@@ -52,7 +66,7 @@ fn begin(engine: &Engine, method: &str, path: &str, now: f64) -> Call {
 fn send(call: &mut Call, now: f64) -> (u32, String) {
     match call.next(at(now)).unwrap() {
         Next::Send { token, address, .. } => (token, address.to_string()),
-        Next::Wait(_) => panic!("was told to wait"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -68,6 +82,7 @@ fn drive(
     loop {
         match call.next(at(now)).unwrap() {
             Next::Wait(wait) => now += wait.as_secs_f64(),
+            Next::Await => panic!("nothing else is under way"),
             Next::Send { token, address, .. } => {
                 tried.push(address.to_string());
                 let (outcome, status) = answer(&address);
@@ -336,7 +351,7 @@ fn a_new_identity_of_the_service_reaches_its_endpoints() {
     let plan = PLAN.replace("POLICY", "peak_ewma");
     let identity = |engine: &Engine| match begin(engine, "GET", "/", 1.0).next(at(1.0)).unwrap() {
         Next::Send { identity, .. } => identity.to_string(),
-        Next::Wait(_) => panic!("was told to wait"),
+        other => panic!("{other:?}"),
     };
     engine.publish(plan.replace("spiffe://shop/orders", "spiffe://shop/new").as_bytes(), at(1.0)).unwrap();
     assert_eq!(identity(&engine), "spiffe://shop/new");

@@ -178,7 +178,7 @@ fn has_control(value: &[u8]) -> bool {
     value.iter().fold(false, |found, byte| found | ((*byte < 0x20) & (*byte != b'\t')) | (*byte == 0x7f))
 }
 
-fn refused(what: impl std::fmt::Display) -> Error {
+pub(crate) fn refused(what: impl std::fmt::Display) -> Error {
     Error::misuse(
         format!("The request can't be written: {what}."),
         "Likely cause: unchecked input in a URL or header. Correct the call; nothing was sent.",

@@ -2,7 +2,7 @@
 //!
 //! rustls resumes a session only with the very same verifier object, so there is one configuration for each expected identity,
 //! made once; a connection gets a copy whose tickets are those of its own address.
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use ahash::AHashMap;
@@ -14,15 +14,18 @@ use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
 use rustls::{CommonState, SignatureScheme};
 
+use crate::connection::Protocols;
 use crate::error::{Error, ErrorKind, Result};
+use crate::tls::counts::{Count, Failed, Handshakes};
 use crate::tls::session::Session;
-use crate::tls::tickets::{TargetTickets, WonTickets};
-use crate::tls::verify::{ExpectServer, Peer, Roots, Verifier};
-use crate::tls::{explain, is_resumed, provider, Failure, Handshakes, Svid};
+use crate::tls::tickets::{target_of, TargetTickets, WonTickets, Worth};
+use crate::tls::verify::{ExpectServer, Peer, Roots, Side, Verifier};
+use crate::tls::{explain, is_resumed, kind_of, provider, Failure, Svid};
 
 /// Expected identities with a configuration of their own; above that they are made anew.
 const MAX_CONFIGURATIONS: usize = 4096;
-const ALPN: &[u8] = b"http/1.1";
+const HTTP1: &[u8] = b"http/1.1";
+pub const HTTP2: &[u8] = b"h2";
 
 /// One generation of identity as a client.
 pub struct TlsClient {
@@ -30,7 +33,9 @@ pub struct TlsClient {
     time: Arc<dyn TimeProvider>,
     verifier: Arc<Verifier>,
     own: Arc<OwnSvid>,
-    configurations: Mutex<AHashMap<String, Arc<ClientConfig>>>,
+    own_not_after: u64,
+    /// By what is spoken: another offer needs another configuration.
+    configurations: [Mutex<AHashMap<String, Arc<ClientConfig>>>; 3],
     tickets: Arc<WonTickets>,
     pub handshakes: Handshakes,
 }
@@ -43,27 +48,56 @@ impl TlsClient {
         time: Arc<dyn TimeProvider>,
     ) -> Result<TlsClient> {
         let provider = provider();
-        let own = match svid {
+        let (own, own_not_after) = match svid {
             Some((chain, key)) => {
                 let svid = Svid::from_pem(chain, key, &provider)?;
                 svid.check_trust_domain(&bundles)?;
-                Some(svid.key)
+                let not_after = svid.not_after(time.current_time().map_or(0, |now| now.as_secs()));
+                (Some(svid.key), not_after)
             }
-            None => None,
+            None => (None, u64::MAX),
         };
         Ok(TlsClient {
-            verifier: Arc::new(Verifier::new(bundles, &provider)),
+            verifier: Arc::new(Verifier::new(Side::Servers, bundles, &provider)),
             provider,
             time,
             own: Arc::new(OwnSvid(own)),
-            configurations: Mutex::default(),
+            own_not_after,
+            configurations: Default::default(),
             tickets: Arc::default(),
             handshakes: Handshakes::default(),
         })
     }
 
-    fn configuration(&self, expected: &str) -> std::result::Result<Arc<ClientConfig>, rustls::Error> {
-        if let Some(found) = self.configurations.lock().get(expected) {
+    /// Goes on with the counters of an earlier generation, and with nothing else of it.
+    pub fn counting_on(mut self, before: &TlsClient) -> TlsClient {
+        self.handshakes = before.handshakes.clone();
+        self.tickets = Arc::new(WonTickets::counting_on(&before.tickets));
+        self
+    }
+
+    /// The end of our own proof in Unix seconds; None where we are anonymous.
+    pub fn not_after(&self) -> Option<u64> {
+        (self.own_not_after != u64::MAX).then_some(self.own_not_after)
+    }
+
+    pub fn stats(&self) -> Vec<Count> {
+        let handshakes = self.handshakes.counts().into_iter().chain(self.handshakes.failures());
+        handshakes.chain(self.tickets.counts()).collect()
+    }
+
+    fn configuration(
+        &self,
+        expected: &str,
+        protocols: Protocols,
+    ) -> std::result::Result<Arc<ClientConfig>, rustls::Error> {
+        let [http1, http2, either] = &self.configurations;
+        let (known, offer) = match protocols {
+            Protocols::Http1 => (http1, vec![HTTP1.to_vec()]),
+            Protocols::Http2 => (http2, vec![HTTP2.to_vec()]),
+            Protocols::Either => (either, vec![HTTP2.to_vec(), HTTP1.to_vec()]),
+        };
+        if let Some(found) = known.lock().get(expected) {
             return Ok(found.clone());
         }
         let verifier = ExpectServer { verifier: self.verifier.clone(), expected: expected.to_owned() };
@@ -72,10 +106,10 @@ impl TlsClient {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(self.own.clone());
-        made.alpn_protocols = vec![ALPN.to_vec()];
+        made.alpn_protocols = offer;
         made.require_ems = true;
         made.enable_early_data = false;
-        let mut configurations = self.configurations.lock();
+        let mut configurations = known.lock();
         if configurations.len() >= MAX_CONFIGURATIONS {
             configurations.clear();
         }
@@ -102,20 +136,25 @@ pub struct ClientSession {
     session: Session<UnbufferedClientConnection>,
     tls: Arc<TlsClient>,
     expected: String,
-    tickets_not_after: Arc<AtomicU64>,
+    worth: Arc<Worth>,
     peer: Option<Arc<Peer>>,
+    is_counted: AtomicBool,
 }
 
 impl ClientSession {
     pub fn new(tls: Arc<TlsClient>, expected: &str, address: &str) -> Result<ClientSession> {
+        ClientSession::offering(tls, expected, address, Protocols::Http1)
+    }
+
+    pub fn offering(tls: Arc<TlsClient>, expected: &str, address: &str, protocols: Protocols) -> Result<ClientSession> {
         let failed = |error| explain(Failure::Rustls(error), false);
-        let mut configuration = (*tls.configuration(expected).map_err(failed)?).clone();
-        let tickets_not_after = Arc::new(AtomicU64::new(0));
+        let mut configuration = (*tls.configuration(expected, protocols).map_err(failed)?).clone();
+        let worth = Arc::new(Worth::default());
         configuration.resumption = Resumption::store(Arc::new(TargetTickets {
             tickets: tls.tickets.clone(),
-            target: Arc::from(format!("{address}\n{expected}")),
+            target: target_of(address, expected, &configuration.alpn_protocols),
             time: tls.time.clone(),
-            not_after: tickets_not_after.clone(),
+            worth: worth.clone(),
         }));
         let connection =
             UnbufferedClientConnection::new(Arc::new(configuration), server_name(address)).map_err(failed)?;
@@ -123,8 +162,9 @@ impl ClientSession {
             session: Session::new(connection),
             tls,
             expected: expected.to_owned(),
-            tickets_not_after,
+            worth,
             peer: None,
+            is_counted: AtomicBool::new(false),
         })
     }
 
@@ -135,20 +175,23 @@ impl ClientSession {
     /// Works off what was absorbed. After an error `out` holds the farewell and the session is of no use.
     pub fn pump(&mut self, out: &mut Vec<u8>, plain: &mut Vec<u8>) -> Result<()> {
         let (tls, peer) = (&self.tls, &mut self.peer);
-        let (expected, tickets_not_after) = (&self.expected, &self.tickets_not_after);
+        let (expected, worth, is_counted) = (&self.expected, &self.worth, &self.is_counted);
         let result = self.session.pump(out, plain, |state: &CommonState| -> std::result::Result<(), Failure> {
             let now = tls.time.current_time().ok_or(rustls::Error::FailedToGetCurrentTime)?;
             let chain = state.peer_certificates().ok_or(rustls::Error::NoCertificatesPresented)?;
             let proved = tls.verifier.verify_again(chain, expected, now)?;
-            tickets_not_after.store(proved.not_after, Ordering::Release);
+            worth.prove(now.as_secs(), tls.own_not_after.min(proved.not_after), is_resumed(state));
             *peer = Some(proved);
+            is_counted.store(true, Ordering::Relaxed);
             tls.handshakes.succeeded(is_resumed(state));
             Ok(())
         });
         result.map_err(|failure| {
             let is_open = self.peer.is_some();
-            if !is_open {
-                self.tls.handshakes.failed();
+            let why = kind_of(&failure);
+            // In TLS 1.3 the server judges our certificate when the handshake has ended for us.
+            if !is_open || why == Failed::Refused {
+                self.count(why);
             }
             if matches!(failure, Failure::Refused(_)) {
                 self.session.close(out);
@@ -167,12 +210,17 @@ impl ClientSession {
 
     /// The socket ended in the middle of the handshake.
     pub fn interrupted(&self) -> Error {
-        self.tls.handshakes.failed();
+        self.count(Failed::Lost);
         Error::new(
             ErrorKind::Tls,
             "The peer closed the connection during the TLS handshake.",
             "Likely cause: it was shutting down, or it refuses our certificate without saying so. Look at the peer's log.",
         )
+    }
+
+    fn count(&self, why: Failed) {
+        self.is_counted.store(true, Ordering::Relaxed);
+        self.tls.handshakes.failed(why);
     }
 
     pub fn is_established(&self) -> bool {
@@ -189,6 +237,15 @@ impl ClientSession {
 
     pub fn state(&self) -> &CommonState {
         self.session.state()
+    }
+}
+
+impl Drop for ClientSession {
+    /// Given up in the middle: nobody else would count it.
+    fn drop(&mut self) {
+        if !self.is_counted.load(Ordering::Relaxed) {
+            self.tls.handshakes.failed(Failed::Lost);
+        }
     }
 }
 

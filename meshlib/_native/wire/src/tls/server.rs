@@ -17,10 +17,11 @@ use rustls::time_provider::TimeProvider;
 use rustls::CommonState;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::tls::counts::{Count, Failed, Handshakes};
 use crate::tls::session::Session;
 use crate::tls::tickets::{GivenTickets, TicketKey};
-use crate::tls::verify::{AnyClient, Peer, Roots, Verifier};
-use crate::tls::{explain, is_resumed, provider, Failure, Handshakes, Svid};
+use crate::tls::verify::{AnyClient, Peer, Roots, Side, Verifier};
+use crate::tls::{explain, is_resumed, kind_of, provider, Failure, Svid};
 
 /// One generation of identity as a server.
 pub struct TlsServer {
@@ -48,16 +49,26 @@ impl TlsServer {
         let svid = Svid::from_pem(chain, key, &provider)?;
         svid.check_trust_domain(&bundles)?;
         Ok(TlsServer {
-            verifier: Arc::new(Verifier::new(bundles, &provider)),
+            verifier: Arc::new(Verifier::new(Side::Clients, bundles, &provider)),
             provider,
+            own_not_after: svid.not_after(time.current_time().map_or(0, |now| now.as_secs())),
             time,
             key: svid.key,
-            own_not_after: svid.peer.not_after,
             ticket_key: TicketKey::random().map(Arc::new),
             is_client_required,
             alpn,
             handshakes: Handshakes::default(),
         })
+    }
+
+    /// Goes on with the counters of an earlier generation, and with nothing else of it.
+    pub fn counting_on(mut self, before: &TlsServer) -> TlsServer {
+        self.handshakes = before.handshakes.clone();
+        self
+    }
+
+    pub fn stats(&self) -> Vec<Count> {
+        self.handshakes.counts().into_iter().chain(self.handshakes.failures()).collect()
     }
 
     /// Would the client of this chain (the leaf first) be taken now? A client without one: only where none is required.
@@ -101,22 +112,25 @@ impl TlsServer {
 /// What a handshake finds out for its own tickets and for the application.
 #[derive(Debug)]
 pub struct Accepting {
-    peer_not_after: AtomicU64,
+    proof_ends: AtomicU64,
     server_name: OnceLock<String>,
 }
 
+impl Default for Accepting {
+    fn default() -> Accepting {
+        Accepting { proof_ends: AtomicU64::new(u64::MAX), server_name: OnceLock::new() }
+    }
+}
+
 impl Accepting {
-    fn new() -> Accepting {
-        Accepting { peer_not_after: AtomicU64::new(u64::MAX), server_name: OnceLock::new() }
+    pub fn note_proof(&self, ends: u64) {
+        self.proof_ends.store(ends, Ordering::Release);
     }
 
-    pub fn note_peer(&self, not_after: u64) {
-        self.peer_not_after.store(not_after, Ordering::Release);
-    }
-
-    /// The end of the client's certificate; without one nothing of it can end.
-    pub fn peer_not_after(&self) -> u64 {
-        self.peer_not_after.load(Ordering::Acquire)
+    /// The end of what the client proved: of its certificate, or of the ticket that it came with. Without a proof nothing of it can
+    /// end.
+    pub fn proof_ends(&self) -> u64 {
+        self.proof_ends.load(Ordering::Acquire)
     }
 }
 
@@ -140,6 +154,7 @@ pub struct TlsConnection {
     session: Session<UnbufferedServerConnection>,
     tls: Arc<TlsServer>,
     accepting: Arc<Accepting>,
+    has_begun: bool,
     is_open: bool,
     is_broken: bool,
     is_closed: bool,
@@ -151,13 +166,14 @@ pub struct TlsConnection {
 impl TlsConnection {
     pub fn new(tls: Arc<TlsServer>) -> Result<TlsConnection> {
         let failed = |error| explain(Failure::Rustls(error), false);
-        let accepting = Arc::new(Accepting::new());
+        let accepting = Arc::new(Accepting::default());
         let configuration = tls.configuration(&accepting).map_err(failed)?;
         let connection = UnbufferedServerConnection::new(Arc::new(configuration)).map_err(failed)?;
         Ok(TlsConnection {
             session: Session::new(connection),
             tls,
             accepting,
+            has_begun: false,
             is_open: false,
             is_broken: false,
             is_closed: false,
@@ -170,6 +186,7 @@ impl TlsConnection {
     /// Adds what the socket gave.
     pub fn absorb(&mut self, data: &[u8]) {
         if !self.is_broken {
+            self.has_begun |= !data.is_empty();
             self.session.absorb(data);
         }
     }
@@ -197,7 +214,7 @@ impl TlsConnection {
         result.map_err(|failure| {
             self.is_broken = true;
             if !self.is_open {
-                self.tls.handshakes.failed();
+                self.tls.handshakes.failed(kind_of(&failure));
             }
             if matches!(failure, Failure::Refused(_)) {
                 self.session.close(&mut self.output);
@@ -259,6 +276,15 @@ impl TlsConnection {
 
     pub fn state(&self) -> &CommonState {
         self.session.state()
+    }
+}
+
+impl Drop for TlsConnection {
+    /// Broken off in the middle. Who never said a word (a probe of the port) had begun nothing.
+    fn drop(&mut self) {
+        if self.has_begun && !self.is_open && !self.is_broken {
+            self.tls.handshakes.failed(Failed::Lost);
+        }
     }
 }
 

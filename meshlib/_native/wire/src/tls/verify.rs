@@ -33,7 +33,7 @@ const MAX_REMEMBERED: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
     pub id: String,
-    /// Unix seconds between which every certificate of the verified path is valid.
+    /// Unix seconds between which every certificate of the verified path is valid, the root's end included.
     pub not_before: u64,
     pub not_after: u64,
 }
@@ -106,6 +106,14 @@ impl Roots {
             self.anchors.iter().zip(&self.ends).filter(|(_, end)| **end >= now).map(|(anchor, _)| anchor.clone());
         (Cow::Owned(kept.collect()), until)
     }
+
+    /// The last second of the root with this name and key; of the longest, where it was issued again.
+    fn end_of(&self, anchor: &TrustAnchor<'_>) -> u64 {
+        let ends = self.anchors.iter().zip(&self.ends).filter(|(known, _)| {
+            known.subject == anchor.subject && known.subject_public_key_info == anchor.subject_public_key_info
+        });
+        ends.map(|(_, end)| *end).max().unwrap_or(0)
+    }
 }
 
 /// A peer that was verified in full, and until when none of the roots of that moment ends.
@@ -114,8 +122,16 @@ struct Remembered {
     until: u64,
 }
 
-/// Verifies peers of one generation of bundles.
+/// Which side is judged: whoever signs for the one side only doesn't sign for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Servers,
+    Clients,
+}
+
+/// Verifies peers of one side by one generation of bundles.
 pub struct Verifier {
+    side: Side,
     bundles: AHashMap<String, Roots>,
     algorithms: WebPkiSupportedAlgorithms,
     remembered: Mutex<AHashMap<[u8; 32], Remembered>>,
@@ -128,8 +144,8 @@ impl fmt::Debug for Verifier {
 }
 
 impl Verifier {
-    pub fn new(bundles: AHashMap<String, Roots>, provider: &CryptoProvider) -> Verifier {
-        Verifier { bundles, algorithms: provider.signature_verification_algorithms, remembered: Mutex::default() }
+    pub fn new(side: Side, bundles: AHashMap<String, Roots>, provider: &CryptoProvider) -> Verifier {
+        Verifier { side, bundles, algorithms: provider.signature_verification_algorithms, remembered: Mutex::default() }
     }
 
     /// The peer of a full handshake. `expected` is a SPIFFE ID, or empty for any in the bundles.
@@ -148,11 +164,15 @@ impl Verifier {
         check_identity(&leaf, expected)?;
         check_time(&leaf, now)?;
 
-        let (roots, until) = roots.in_force(now.as_secs());
+        let (in_force, until) = roots.in_force(now.as_secs());
+        let usage = match self.side {
+            Side::Servers => KeyUsage::server_auth(),
+            Side::Clients => KeyUsage::client_auth(),
+        };
         let certificate = EndEntityCert::try_from(*leaf_der).map_err(Refusal::Chain)?;
         let intermediates: Vec<CertificateDer<'_>> = intermediates.iter().map(|der| (**der).clone()).collect();
         let path = certificate
-            .verify_for_usage(self.algorithms.all, &roots, &intermediates, now, KeyUsage::client_auth(), None, None)
+            .verify_for_usage(self.algorithms.all, &in_force, &intermediates, now, usage, None, None)
             .map_err(|error| match error {
                 webpki::Error::CertExpired { .. } => Refusal::Expired,
                 webpki::Error::CertNotValidYet { .. } => Refusal::NotYetValid,
@@ -166,6 +186,7 @@ impl Verifier {
             peer.not_before = peer.not_before.max(not_before);
             peer.not_after = peer.not_after.min(not_after);
         }
+        peer.not_after = peer.not_after.min(roots.end_of(path.anchor()));
         let peer = Arc::new(peer);
         let mut remembered = self.remembered.lock();
         if remembered.len() >= MAX_REMEMBERED {
@@ -393,7 +414,7 @@ impl ClientCertVerifier for AnyClient {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let peer = self.verifier.verify(&chain(leaf, intermediates), "", now)?;
-        self.accepting.note_peer(peer.not_after);
+        self.accepting.note_proof(peer.not_after);
         Ok(ClientCertVerified::assertion())
     }
 

@@ -5,7 +5,7 @@ use rcgen::{BasicConstraints, CustomExtension, ExtendedKeyUsagePurpose, IsCa, Ke
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::CertificateDer;
 
-use super::{read_leaf, Peer, Refusal, Verifier};
+use super::{read_leaf, Peer, Refusal, Roots, Side, Verifier};
 use crate::testing::{self, leaf, Authority, Clock, Issued, Leaf, HOUR, START};
 use crate::tls::provider;
 
@@ -24,7 +24,7 @@ impl Court {
     fn new() -> Court {
         let (root, other) = (Authority::new("root"), Authority::new("other"));
         let bundles = testing::bundles(&[("td", &root.root), ("td2", &other.root)]);
-        Court { root, verifier: Verifier::new(bundles, &provider()), clock: Clock::new() }
+        Court { root, verifier: Verifier::new(Side::Clients, bundles, &provider()), clock: Clock::new() }
     }
 
     fn judge(&self, issued: &Issued, expected: &str) -> Result<Arc<Peer>, Refusal> {
@@ -173,6 +173,27 @@ fn a_certificate_proves_nothing_before_or_after_its_life() {
     assert!(court.judge(&svid, "").is_ok());
     court.clock.advance(1);
     assert_eq!(Err(Refusal::Expired), court.judge(&svid, ""));
+}
+
+#[test]
+fn a_proof_ends_with_its_root_and_goes_on_with_one_of_the_same_key() {
+    let root = Authority::new("root");
+    let der = CertificateDer::from_pem_slice(root.root.as_bytes()).unwrap();
+    let svid = chain(&root.svid("spiffe://td/a"));
+    let judge = |ends: &[u64], now: u64| {
+        let mut roots = Roots::default();
+        for end in ends {
+            roots.push(webpki::anchor_from_trusted_cert(&der).unwrap().to_owned(), *end);
+        }
+        let clock = Clock::new();
+        clock.advance(now - START);
+        let verifier = Verifier::new(Side::Servers, [("td".to_owned(), roots)].into_iter().collect(), &provider());
+        verifier.verify_again(&svid, "", clock.now()).map(|peer| peer.not_after)
+    };
+    assert_eq!(Ok(START + HOUR), judge(&[START + HOUR], START));
+    assert_eq!(Err(Refusal::Chain(webpki::Error::UnknownIssuer)), judge(&[START + HOUR], START + HOUR + 1));
+    assert_eq!(Ok(START + 2 * HOUR), judge(&[START + HOUR, START + 2 * HOUR], START + HOUR + 1));
+    assert_eq!(Ok(START + 24 * HOUR), judge(&[START + 48 * HOUR], START));
 }
 
 #[test]

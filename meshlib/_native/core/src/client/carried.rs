@@ -1,0 +1,74 @@
+//! What does an attempt tell the next hop? How long there is time, which attempt it is, and which trace it belongs to.
+//!
+//! These are ours alone to say: what the application forwards of an incoming call under the same names would contradict it, and is
+//! left out. A trace that the application wrote by hand is the exception, since then it is meant. No header is parsed here.
+use std::time::Duration;
+
+use crate::random::Random;
+
+pub const DEADLINE: &str = "x-mesh-deadline-ms";
+pub const ATTEMPT: &str = "x-mesh-attempt";
+pub const TRACEPARENT: &str = "traceparent";
+
+/// Taken from the deadline that the next hop is told: its answer needs time to travel back.
+const HOP_MARGIN: Duration = Duration::from_millis(5);
+
+/// Whether a header of the application is in our place.
+pub fn is_ours(name: &[u8]) -> bool {
+    (name.len() == DEADLINE.len() && name.eq_ignore_ascii_case(DEADLINE.as_bytes()))
+        || (name.len() == ATTEMPT.len() && name.eq_ignore_ascii_case(ATTEMPT.as_bytes()))
+}
+
+pub fn is_trace(name: &[u8]) -> bool {
+    name.len() == TRACEPARENT.len() && name.eq_ignore_ascii_case(TRACEPARENT.as_bytes())
+}
+
+/// Milliseconds that the next hop has; never 0, which some would read as "none".
+pub fn deadline_ms(now: Duration, end: Duration) -> u64 {
+    u64::try_from(end.saturating_sub(now).saturating_sub(HOP_MARGIN).as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
+/// A new trace, for a call that belongs to none. Sampled by the low half of its id, as OpenTelemetry's ratio sampler does, so that
+/// all processes with the same share decide alike.
+pub fn traceparent(random: &Random, sample: f64) -> String {
+    let (high, low, span) = (random.next(), random.next(), random.next());
+    let trace = (u128::from(high) << 64 | u128::from(low)).max(1);
+    let bound = (sample.clamp(0.0, 1.0) * 2f64.powi(64)).round() as u128;
+    let flags = u8::from(u128::from(low) < bound);
+    format!("00-{trace:032x}-{:016x}-{flags:02x}", span.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_compared_without_case() {
+        assert!(is_ours(b"X-Mesh-Deadline-MS") && is_ours(b"x-mesh-attempt") && is_trace(b"TraceParent"));
+        assert!(!is_ours(b"x-mesh-deadline") && !is_trace(b"tracestate"));
+    }
+
+    #[test]
+    fn the_next_hop_has_less_time_than_we_have_and_never_none() {
+        let now = Duration::from_secs(10);
+        assert_eq!(deadline_ms(now, Duration::from_secs(12)), 1995);
+        assert_eq!(deadline_ms(now, Duration::from_millis(10_003)), 1);
+        assert_eq!(deadline_ms(now, Duration::from_secs(3)), 1);
+    }
+
+    #[test]
+    fn a_new_trace_has_the_form_of_the_standard() {
+        let random = Random::new(7);
+        let made = traceparent(&random, 1.0);
+        assert_eq!((made.len(), made.get(..3), made.get(52..)), (55, Some("00-"), Some("-01")));
+        assert!(traceparent(&random, 0.0).ends_with("-00"));
+        assert_ne!(made, traceparent(&random, 1.0));
+    }
+
+    #[test]
+    fn the_share_of_sampled_traces_is_what_was_asked() {
+        let random = Random::new(3);
+        let sampled = (0..10_000).filter(|_| traceparent(&random, 0.25).ends_with("-01")).count();
+        assert!((2300..2700).contains(&sampled), "{sampled}");
+    }
+}
