@@ -19,7 +19,7 @@ help: ## what can be made
 .venv/run: .ci/run.in .ci/constraints.txt
 	@echo "== environment (.venv; about a minute)"
 	@$(PYTHON) -c 'import sys; sys.exit("meshlib needs Python 3.11 or newer, this is %s: set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	@command -v cargo >/dev/null || { echo "meshlib is built with Rust: install rustup (cargo 1.83 or newer) first"; exit 1; }
+	@command -v cargo >/dev/null || { echo "meshlib is built with Rust: install rustup (cargo 1.85 or newer) first"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) -r .ci/run.in
 	@touch $@
@@ -32,7 +32,7 @@ help: ## what can be made
 .venv/built: pyproject.toml .venv/run $(RUST_FILES)
 	@echo "== native core (release; some minutes the first time)"
 	@PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/maturin develop --release --locked
-	@$(PIP) --no-deps --no-build-isolation -e integrations/fastapi -e integrations/flask
+	@$(PIP) --no-deps --no-build-isolation -e integrations/aiohttp -e integrations/fastapi -e integrations/flask -e integrations/requests
 	@touch $@
 
 build: .venv/built ## build the native core and install meshlib into .venv
