@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .peers import SERVER_NAME
-from .worker import drive, drive_threads, on_loop
+from .peers import ANSWER, SERVER_NAME
+from .worker import drive, drive_in_turn, drive_threads, on_loop, spin
 
 PATH = "/items/7"
 Ask = Callable[[], Awaitable[bytes]]
@@ -27,16 +27,25 @@ Ask = Callable[[], Awaitable[bytes]]
 
 @dataclass(frozen=True)
 class Job:
-    """Where to and as whom. `config` is the mesh's file, `identity` the folder with our SVID; both may be ""."""
+    """Where to and as whom. `config` is the mesh's file, `identity` the folder with our SVID; both may be "".
+
+    `steps` are those of `spin` that a caller does for each of its calls, half before and half after it.
+    """
 
     mode: str
     loop: str
     count: int
     is_private: bool
-    address: str
     addresses: list[str]
     config: str
     identity: str
+    path: str = PATH
+    length: int = len(ANSWER)
+    steps: int = 0
+
+    @property
+    def address(self) -> str:
+        return self.addresses[0]
 
     @property
     def port(self) -> int:
@@ -48,7 +57,11 @@ class Job:
 
     @property
     def url(self) -> str:
-        return f"{self.scheme}://{self.address}{PATH}"
+        return f"{self.scheme}://{self.address}{self.path}"
+
+    @property
+    def mesh_url(self) -> str:
+        return f"http://orders{self.path}"
 
     def tls(self) -> ssl.SSLContext | None:
         if not self.is_private:
@@ -64,9 +77,33 @@ def tasks(seconds: float, **job: Any) -> dict[str, float]:
 
     async def main() -> dict[str, float]:
         async with ASYNC[made.mode](made) as calls:
-            return await drive(calls, seconds)
+            return await drive([_working(call, made.steps) for call in calls], seconds, made.length)
 
     return on_loop(made.loop, main)
+
+
+def added(seconds: float, **job: Any) -> dict[str, float]:
+    """The CPU that a layer of the mesh takes for a call, above its bare wire client."""
+    made = Job(**job)
+
+    async def main() -> dict[str, float]:
+        async with ASYNC[made.mode](made) as calls, meshlib_wire(made) as bare:
+            return await drive_in_turn(calls, bare, seconds)
+
+    return on_loop(made.loop, main)
+
+
+def _working(call: Ask, steps: int) -> Ask:
+    if not steps:
+        return call
+
+    async def work() -> bytes:
+        spin(steps // 2)
+        body = await call()
+        spin(steps - steps // 2)
+        return body
+
+    return work
 
 
 def threads(seconds: float, **job: Any) -> dict[str, float]:
@@ -91,11 +128,12 @@ def _mesh(job: Job) -> Iterator[Any]:
 
 @contextlib.asynccontextmanager
 async def meshlib_client(job: Job) -> AsyncIterator[list[Ask]]:
+    url = job.mesh_url
     with _mesh(job) as mesh:
         async with mesh.client() as http:
 
             async def ask() -> bytes:
-                return (await http.get("http://orders/items/7")).content  # type: ignore[no-any-return]
+                return (await http.get(url)).content  # type: ignore[no-any-return]
 
             yield [ask] * job.count
 
@@ -104,11 +142,12 @@ async def meshlib_client(job: Job) -> AsyncIterator[list[Ask]]:
 async def meshlib_transport(job: Job) -> AsyncIterator[list[Ask]]:
     import httpx
 
+    url = job.mesh_url
     with _mesh(job) as mesh:
         async with httpx.AsyncClient(transport=mesh.transport()) as http:
 
             async def ask() -> bytes:
-                return (await http.get("http://orders/items/7")).content
+                return (await http.get(url)).content
 
             yield [ask] * job.count
 
@@ -133,7 +172,7 @@ async def meshlib_way(job: Job) -> AsyncIterator[list[Ask]]:
         way, carriers = mesh.outbound, LoopCarriers()
 
         async def ask() -> bytes:
-            answer = await way.send(carriers.current(), "orders", "GET", PATH, HEADERS)
+            answer = await way.send(carriers.current(), "orders", "GET", job.path, HEADERS)
             return answer.body  # type: ignore[no-any-return]
 
         yield [ask] * job.count
@@ -154,18 +193,17 @@ async def meshlib_wire(job: Job) -> AsyncIterator[list[Ask]]:
         addresses = itertools.cycle(job.addresses)
 
         async def ask() -> bytes:
-            end = time.monotonic() + 15.0
+            now = time.monotonic()
             attempt = Attempt(
                 address=next(addresses),
                 identity=identity,
                 tls=tls,
                 method="GET",
-                target=PATH,
+                target=job.path,
                 headers=HEADERS,
                 body=None,
-                connect_end=end,
-                end=end,
-                is_fresh=False,
+                now=now,
+                end=now + 15.0,
             )
             body = (await carriers.current().exchange(attempt))[4]
             assert isinstance(body, bytes)
@@ -177,8 +215,9 @@ async def meshlib_wire(job: Job) -> AsyncIterator[list[Ask]]:
 
 @contextlib.contextmanager
 def meshlib_sync(job: Job) -> Iterator[list[Callable[[], bytes]]]:
+    url = job.mesh_url
     with _mesh(job) as mesh, mesh.sync_client() as http:
-        yield [lambda: http.get("http://orders/items/7").content] * job.count
+        yield [lambda: http.get(url).content] * job.count
 
 
 # --- the peers
@@ -188,11 +227,12 @@ def meshlib_sync(job: Job) -> Iterator[list[Callable[[], bytes]]]:
 async def httpx_client(job: Job) -> AsyncIterator[list[Ask]]:
     import httpx
 
+    url = job.url
     extensions = {"sni_hostname": SERVER_NAME} if job.is_private else {}
     async with httpx.AsyncClient(verify=job.tls() or False) as http:
 
         async def ask() -> bytes:
-            return (await http.get(job.url, extensions=extensions)).content
+            return (await http.get(url, extensions=extensions)).content
 
         yield [ask] * job.count
 
@@ -201,21 +241,23 @@ async def httpx_client(job: Job) -> AsyncIterator[list[Ask]]:
 def httpx_sync(job: Job) -> Iterator[list[Callable[[], bytes]]]:
     import httpx
 
+    url = job.url
     extensions = {"sni_hostname": SERVER_NAME} if job.is_private else {}
     with httpx.Client(verify=job.tls() or False) as http:
-        yield [lambda: http.get(job.url, extensions=extensions).content] * job.count
+        yield [lambda: http.get(url, extensions=extensions).content] * job.count
 
 
 @contextlib.asynccontextmanager
 async def aiohttp_client(job: Job) -> AsyncIterator[list[Ask]]:
     import aiohttp
 
+    url = job.url
     options: Any = {"server_hostname": SERVER_NAME} if job.is_private else {}
     connector = aiohttp.TCPConnector(limit=0, ssl=job.tls() or False)
     async with aiohttp.ClientSession(connector=connector) as http:
 
         async def ask() -> bytes:
-            async with http.get(job.url, **options) as answer:
+            async with http.get(url, **options) as answer:
                 return await answer.read()
 
         yield [ask] * job.count
@@ -228,7 +270,7 @@ def _pyreqwest(job: Job, builder: Any) -> tuple[Any, str]:
     folder = Path(job.identity)
     builder = builder.add_root_certificate_pem((folder / "bundle.pem").read_bytes())
     builder = builder.identity_pem((folder / "svid.pem").read_bytes() + (folder / "key.pem").read_bytes())
-    return builder.resolve(SERVER_NAME, "127.0.0.1", job.port).build(), f"https://{SERVER_NAME}:{job.port}{PATH}"
+    return builder.resolve(SERVER_NAME, "127.0.0.1", job.port).build(), f"https://{SERVER_NAME}:{job.port}{job.path}"
 
 
 @contextlib.asynccontextmanager
@@ -258,11 +300,14 @@ def pyreqwest_sync(job: Job) -> Iterator[list[Callable[[], bytes]]]:
 async def streams(job: Job) -> AsyncIterator[list[Ask]]:
     """No HTTP library at all: the least that Python code can do with the loop's own streams. A connection for each caller."""
     tls: Any = {"ssl": job.tls(), "server_hostname": SERVER_NAME} if job.is_private else {}
-    request = b"GET %b HTTP/1.1\r\nHost: orders\r\nAccept: */*\r\nUser-Agent: streams\r\n\r\n" % PATH.encode()
+    lines = b"".join(b"%b: %b\r\n" % header for header in HEADERS)
+    request = b"GET %b HTTP/1.1\r\n%b\r\n" % (job.path.encode(), lines)
     host, _, port = job.address.rpartition(":")
+    # What was best for it: the usual buffer for one large body, and room for the whole of it where several come at once.
+    limit = max(2**16, job.length) if job.count > 1 else 2**16
 
     async def caller() -> tuple[Ask, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection(host, int(port), **tls)
+        reader, writer = await asyncio.open_connection(host, int(port), limit=limit, **tls)
 
         async def ask() -> bytes:
             writer.write(request)

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .harness import Comparison, Results, Run, in_process
+from .harness import Run, in_process
 from .peers import SERVER_NAME, TRUST_DOMAIN, Peers
 
 PRIMARY = "cpu_us"
 HAS_RATIOS = True
-WANTED_RESUMED, WANTED_FULL = 0.45, 0.5
+SECONDS = 1.0
 
 
 def runs(peers: Peers) -> list[Run]:
@@ -34,15 +34,6 @@ def runs(peers: Peers) -> list[Run]:
         for kind in ("full", "resumed")
         for mode in ("meshlib", "ssl")
     ]
-
-
-def compared(results: Results) -> list[Comparison]:
-    full, resumed = ("full/mtls/c=1", "meshlib"), ("resumed/mtls/c=1", "meshlib")
-    found = (
-        ("client CPU: meshlib resumed / meshlib full", results.ratio(resumed, full, "cpu_us"), f"≤ {WANTED_RESUMED}"),
-        ("client CPU: meshlib full / ssl full", results.ratio(full, ("full/mtls/c=1", "ssl"), "cpu_us"), f"≤ {WANTED_FULL}"),
-    )
-    return [Comparison(label, ratio, wanted) for label, ratio, wanted in found if ratio is not None]
 
 
 # --- in the worker

@@ -9,6 +9,7 @@ It does not repeat until a number looks stable, and it throws none away.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 import os
@@ -16,6 +17,8 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from .machine import cpu_of, cpu_of_all, cpu_stolen
+from .machine import cores, cpu_of, cpu_of_all, cpu_stolen, on_one_core
 from .peers import ROOT, Absent, Broken
 
 UNITS: Final = {
@@ -35,6 +38,8 @@ UNITS: Final = {
     "ns": "ns",
     "rss_mb": "MB",
     "bytes": "B",
+    "added_us": "us",
+    "ratio": "1",
 }
 HIGHER_IS_BETTER: Final = {"rps"}
 # Seconds that a worker may take on top of the time that it measures: imports, connections, warming up.
@@ -46,16 +51,20 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """One mode in one case. `measure(seconds)` gives {metric: value}, or raises Absent or Broken."""
+    """One mode in one case. `measure(seconds)` gives {metric: value}, or raises Absent or Broken.
+
+    `is_serial` is said of one call at a time: client and peers take turns, and do so on one core.
+    """
 
     case: str
     mode: str
     measure: Callable[[float], dict[str, float]]
+    is_serial: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of the summary: a ratio between two modes, maybe of different cases, and what it should be."""
+    """One line of a script's own summary: a ratio between two modes, maybe of different cases, and a word on it."""
 
     label: str
     ratio: float
@@ -98,7 +107,8 @@ class Results:
         if key in self.skipped or self._failures.get(key, 0) > 1:
             return
         try:
-            found = run.measure(seconds)
+            with on_one_core() if run.is_serial else contextlib.nullcontext():
+                found = run.measure(seconds)
         except Absent as reason:
             self.skipped[key] = str(reason)
             return
@@ -126,16 +136,21 @@ class Results:
 
     def ratio(self, one: Key, other: Key, metric: str) -> float | None:
         """The median over the rounds of `one` divided by `other`; None without a round that has both."""
-        return self._of_rounds(one, other, metric, operator.truediv)
+        found = self.ratios(one, other, metric)
+        return statistics.median(found) if found else None
 
     def difference(self, one: Key, other: Key, metric: str) -> float | None:
         """The median over the rounds of `one` less `other`."""
-        return self._of_rounds(one, other, metric, operator.sub)
-
-    def _of_rounds(self, one: Key, other: Key, metric: str, judge: Callable[[float, float], float]) -> float | None:
-        pairs = zip(self.values.get(one, {}).get(metric, []), self.values.get(other, {}).get(metric, []), strict=False)
-        found = [judge(a, b) for a, b in pairs if a is not None and b]
+        found = self._of_rounds(one, other, metric, operator.sub)
         return statistics.median(found) if found else None
+
+    def ratios(self, one: Key, other: Key, metric: str) -> list[float]:
+        """`one` divided by `other`, for each round that has both."""
+        return self._of_rounds(one, other, metric, operator.truediv)
+
+    def _of_rounds(self, one: Key, other: Key, metric: str, judge: Callable[[float, float], float]) -> list[float]:
+        pairs = zip(self.values.get(one, {}).get(metric, []), self.values.get(other, {}).get(metric, []), strict=False)
+        return [judge(a, b) for a, b in pairs if a is not None and b]
 
     def rows(self) -> Iterable[dict[str, Any]]:
         for (case, mode), metrics in self.values.items():
@@ -156,37 +171,104 @@ def _of_others() -> float:
     return cpu_of_all() - cpu_of(os.getpid(), with_ended=True)
 
 
-def write_json(file: Path, everything: list[Results]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for results in everything for row in results.rows()))
+def write_json(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def in_process(work: str, **job: Any) -> Callable[[float], dict[str, float]]:
     """A measurement by `work` ("module:function", called with the job) in a process of its own."""
-    return partial(_in_process, work, job)
+    return in_processes(1, work, **job)
 
 
-def _in_process(work: str, job: dict[str, Any], seconds: float) -> dict[str, float]:
+def in_processes(number: int, work: str, **job: Any) -> Callable[[float], dict[str, float]]:
+    """The same in several processes that begin together, each on a core; their figures are put together as those of one."""
+    return partial(_in_processes, number, work, job)
+
+
+def _in_processes(number: int, work: str, job: dict[str, Any], seconds: float) -> dict[str, float]:
     # What needs a peer is a function: the peer is started when the first run asks for it.
     made = {name: value() if callable(value) else value for name, value in job.items()}
-    try:
-        done = subprocess.run(
+    task = json.dumps({"work": work, "job": {**made, "seconds": seconds}}) + "\n"
+    patience = PATIENCE + 10 * seconds
+    is_late = threading.Event()
+    with contextlib.ExitStack() as stack:
+        workers = [_Worker(stack) for _ in range(number)]
+        if len(cores()) >= number > 1:
+            for core, worker in zip(cores(), workers, strict=False):
+                os.sched_setaffinity(worker.child.pid, {core})
+
+        def give_up() -> None:
+            is_late.set()
+            for worker in workers:
+                worker.child.kill()
+
+        timer = threading.Timer(patience, give_up)
+        # A run that is told to stop just here must not wait for it at its end.
+        timer.daemon = True
+        stack.callback(timer.cancel)
+        timer.start()
+        for worker in workers:
+            worker.tell(task)
+        # All are warm before any is measured. One that needs no such moment gives its result at once.
+        first = [worker.said.readline() for worker in workers]
+        for worker in workers:
+            worker.tell("go\n")
+        found = [worker.result(begun, is_late) for worker, begun in zip(workers, first, strict=True)]
+    return _together(found)
+
+
+class _Worker:
+    """A process of `worker.py`: one line with the job, one with "go", and what it says in between and at the end."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+        self.child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
-            input=json.dumps({"work": work, "job": {**made, "seconds": seconds}}),
             cwd=ROOT,
             text=True,
-            capture_output=True,
-            timeout=PATIENCE + 10 * seconds,
-            check=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
         )
-    except subprocess.TimeoutExpired as error:
-        raise Broken(f"no result within {error.timeout:.0f} s") from None
-    said = done.stderr.strip().splitlines() or ["no word"]
-    if done.returncode:
-        raise Broken(f"exit code {done.returncode}: {said[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "absent" in result:
-        raise Absent(result["absent"])
-    return result
+        assert self.child.stdin is not None and self.child.stdout is not None
+        self.said = self.child.stdout
+        self._ears = self.child.stdin
+        stack.callback(self._stop)
+
+    def tell(self, line: str) -> None:
+        # One that is at its end already says so by its exit code.
+        with contextlib.suppress(BrokenPipeError):
+            self._ears.write(line)
+            self._ears.flush()
+
+    def result(self, begun: str, is_late: threading.Event) -> dict[str, float]:
+        said = (begun + self.said.read()).splitlines()
+        self.child.wait()
+        if is_late.is_set():
+            raise Broken("no result in time")
+        if self.child.returncode:
+            self._errors.seek(0)
+            raise Broken(f"exit code {self.child.returncode}: {(self._errors.read().strip().splitlines() or ['no word'])[-1]}")
+        result: dict[str, Any] = json.loads(said[-1])
+        if "absent" in result:
+            raise Absent(result["absent"])
+        return result
+
+    def _stop(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        self.said.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._ears.close()
+
+
+def _together(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Answers per second add up, the worst p99 counts, and what is per call is weighed by the calls."""
+    if len(parts) == 1:
+        return parts[0]
+    calls = sum(part["rps"] for part in parts)
+    joined = {name: sum(part[name] * part["rps"] for part in parts) / calls for name in parts[0]}
+    return {**joined, "rps": calls, "p99_us": max(part["p99_us"] for part in parts)}
 
 
 class Progress:

@@ -1,6 +1,6 @@
 """What real programs does a run talk to, and how are they started and stopped?
 
-nginx with one worker, two Envoys as a pair of sidecars, certificates of the embedded CA, a mesh.yaml. Each is started when a run first
+nginx, two Envoys as a pair of sidecars, certificates of the embedded CA, a mesh.yaml. Each is started when a run first
 asks for it, on a free loopback port, with its files in the run's own folder, and stopped by its own pid. A program that is not
 installed is `Absent` with the reason; one that is there and does not start is an error with what it said.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -25,6 +26,9 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 TRUST_DOMAIN: Final = "shop.internal"
 # What nginx answers: 54 bytes.
 ANSWER: Final = b'{"id":7,"name":"espresso","price":2.5,"in_stock":true}'
+# The large file at LARGE_PATH, in bytes.
+LARGE: Final = 1024 * 1024
+LARGE_PATH: Final = "/large"
 # The DNS name in the SVID of `orders`, for peers that check names and know no SPIFFE ID.
 SERVER_NAME: Final = f"orders.default.{TRUST_DOMAIN}"
 
@@ -148,6 +152,10 @@ class Peers:
     def private_mesh(self) -> str:
         return self.mesh(self.private, is_private=True)
 
+    @cached_property
+    def roomy_mesh(self) -> str:
+        return self.mesh(self.roomy, is_private=True)
+
     # --- nginx
 
     @cached_property
@@ -161,29 +169,41 @@ class Peers:
         return self._nginx[2:]
 
     @cached_property
+    def roomy(self) -> list[str]:
+        """Like `private`, of an nginx with two workers: for callers in two processes."""
+        return self._start_nginx("nginx-roomy", 2)[2:]
+
+    @cached_property
     def _nginx(self) -> list[str]:
+        return self._start_nginx("nginx", 1)
+
+    def _start_nginx(self, name: str, workers: int) -> list[str]:
         nginx = program("nginx", "Debian: nginx-light")
         ports = [free_port() for _ in range(4)]
         own = Path(self.identities) / "orders"
-        where = self.folder / "nginx"
-        where.mkdir()
+        where = self.folder / name
+        (where / "files").mkdir(parents=True)
+        (where / "files" / LARGE_PATH.strip("/")).write_bytes(random.Random(1).randbytes(LARGE))
+        answers = f"location / {{ return 200 '{ANSWER.decode()}'; }} location = {LARGE_PATH} {{ root {where}/files; }}"
         temporary = " ".join(f"{kind}_temp_path {where / kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        # Its workers would be somebody who may not read the run's folder.
+        user = "user root;" if os.geteuid() == 0 else ""
         file = where / "nginx.conf"
         file.write_text(f"""
-            daemon off; worker_processes 1; pid {where}/pid; error_log stderr warn;
+            daemon off; {user} worker_processes {workers}; pid {where}/pid; error_log stderr warn;
             events {{ worker_connections 4096; }}
             http {{
-              access_log off; {temporary} default_type application/json;
+              access_log off; sendfile on; {temporary} default_type application/json;
               keepalive_requests 1000000000; keepalive_timeout 300s;
               server {{
                 listen 127.0.0.1:{ports[0]}; listen 127.0.0.1:{ports[1]};
-                location / {{ return 200 '{ANSWER.decode()}'; }}
+                {answers}
               }}
               server {{
                 listen 127.0.0.1:{ports[2]} ssl; listen 127.0.0.1:{ports[3]} ssl;
                 ssl_certificate {own}/svid.pem; ssl_certificate_key {own}/key.pem;
                 ssl_client_certificate {own}/bundle.pem; ssl_verify_client on; ssl_protocols TLSv1.3;
-                location / {{ return 200 '{ANSWER.decode()}'; }}
+                {answers}
               }}
             }}""")
         self._stack.enter_context(running(self.folder, nginx, "-p", str(where), "-c", str(file), "-e", "stderr", port=ports[3]))

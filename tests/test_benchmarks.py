@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import Comparison, Results, Run, write_json
-from benchmarks.peers import ROOT, Absent, Broken
-from benchmarks.table import print_results
+from benchmarks import client, handshake, memory
+from benchmarks.goals import GOALS, Goal, judged
+from benchmarks.harness import Comparison, Results, Run, in_process, in_processes, write_json
+from benchmarks.peers import ROOT, Absent, Broken, Peers
+from benchmarks.table import print_goals, print_results
 from benchmarks.worker import figures
 
 KEYS = {"script", "case", "mode", "metric", "value", "unit"}
@@ -38,7 +40,9 @@ def measure(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     if skipped:
         pytest.skip(skipped[0])
     assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    # What is wanted of these figures is no matter of a test.
+    return [row for row in rows if "goal" not in row]
 
 
 def check(rows: list[dict[str, Any]], expected: dict[tuple[str, str], set[str]]) -> None:
@@ -82,6 +86,25 @@ def test_client_measures_threads(tmp_path: Path) -> None:
     """The blocking clients, at one thread."""
     rows = measure(tmp_path, "client", "--case", "get/mtls/t=1")
     assert {row["mode"] for row in rows} == {"meshlib-sync", "httpx-sync", "pyreqwest-sync"}
+
+
+def test_client_measures_two_worker_processes_with_work_of_their_own(tmp_path: Path) -> None:
+    """Their figures are put together as those of one mode."""
+    rows = measure(tmp_path, "client", "--case", "get-2-workers/mtls/c=1")
+    metrics = {"rps", "cpu_us", "p50_us", "p99_us"}
+    check(rows, {("get-2-workers/mtls/c=1", mode): metrics for mode in ("meshlib", "pyreqwest")})
+
+
+def test_client_measures_large_bodies(tmp_path: Path) -> None:
+    """A mebibyte that does not come whole ends the run with an error."""
+    rows = measure(tmp_path, "client", "--case", "get-1MiB/mtls/c=1")
+    assert {row["mode"] for row in rows} == {"meshlib", "aiohttp", "pyreqwest", "streams"}
+
+
+def test_client_measures_what_the_layers_of_the_mesh_add(tmp_path: Path) -> None:
+    """Both sides by turns in one process."""
+    rows = measure(tmp_path, "client", "--case", "added/mtls/c=1")
+    check(rows, {("added/mtls/c=1", mode): {"cpu_us", "added_us"} for mode in ("meshlib", "meshlib-way")})
 
 
 def test_handshake_measures_both_sides_full_and_resumed(tmp_path: Path) -> None:
@@ -175,7 +198,8 @@ def test_an_absent_peer_is_skipped_and_a_broken_one_fails(capsys: pytest.Capture
     assert "skipped: get/plain/c=1 gone: wrk is not installed" in said
     assert "FAILED: get/plain/c=1 bad: exit code 1: boom" in said
     assert list(results.broken) == [("get/plain/c=1", "bad")]
-    write_json(tmp_path / "rows.json", [results])
+    assert [said.count(f" {word} |") for word in ("absent", "failed")] == [1, 1]
+    write_json(tmp_path / "rows.json", results.rows())
     assert [json.loads(line)["mode"] for line in (tmp_path / "rows.json").read_text().splitlines()] == ["meshlib"]
 
 
@@ -190,3 +214,139 @@ def test_figures_are_of_all_calls() -> None:
 def test_start_prints_what_the_import_costs(tmp_path: Path) -> None:
     """Rows for the import on top of httpx and grpc, and for those two."""
     check(measure(tmp_path, "start"), {("import", mode): {"ms"} for mode in ("meshlib", "bare")})
+
+
+# --- goals
+
+
+CASE = "get/plain/c=1"
+
+
+def goal(mode: str, peer: str, relation: str, wanted: float | None) -> Goal:
+    return Goal(CASE, mode, peer, "rps", relation, wanted)
+
+
+def test_a_goal_is_judged_by_the_median_of_the_ratios_of_each_round() -> None:
+    """The medians of the modes themselves would say 2, and miss the second one."""
+    results = results_of(meshlib=[200.0, 20.0, 900.0], peer=[100.0, 5.0, 100.0])
+    goals = [goal("meshlib", "peer", "≥", 4.0), goal("meshlib", "peer", "≥", 4.1), goal("meshlib", "peer", "≤", 4.0)]
+    found = judged([results], [*goals, goal("meshlib", "peer", "≤", 3.9), goal("meshlib", "peer", "≥", None)])
+    assert [verdict.state for verdict in found] == ["met", "missed", "met", "missed", "told"]
+    assert [(v.figure, v.low, v.high) for v in found] == [(4.0, 2.0, 9.0)] * 5
+
+
+def test_a_goal_of_another_case_takes_the_peer_from_there() -> None:
+    """As the mesh over mutual TLS against a peer without any."""
+    results = results_of(meshlib=[10.0, 10.0, 10.0])
+    results.values["get/other/c=1", "peer"] = {"rps": [5.0, 5.0, 5.0]}
+    results.values[CASE, "peer"] = {"rps": [1.0, 1.0, 1.0]}
+    [verdict] = judged([results], [Goal(CASE, "meshlib", "peer", "rps", "≥", 2.0, "get/other/c=1")])
+    assert (verdict.state, verdict.figure) == ("met", 2.0)
+
+
+def test_a_goal_of_a_figure_that_is_a_comparison_already_is_not_divided_again() -> None:
+    """Such as the CPU above that of the wire client, which is no mode of that case."""
+    results = results_of(meshlib=[3.0, 5.0, 4.0])
+    [verdict] = judged([results], [Goal(CASE, "meshlib", "wire", "rps", "≤", 4.0, is_ratio=False)])
+    assert (verdict.state, verdict.figure, verdict.low, verdict.high) == ("met", 4.0, 3.0, 5.0)
+
+
+def test_a_goal_without_its_peer_is_absent_and_never_met() -> None:
+    """The reason comes along. A side that broke has failed; where one is absent and the other broke, absence is the word."""
+    results = results_of(meshlib=[9.0, 9.0, 9.0], gone=Absent("the package gone is not installed"), bad=Broken("boom"))
+    found = judged(
+        [results], [goal("meshlib", "gone", "≥", 1.0), goal("meshlib", "bad", "≤", 1.0), goal("gone", "bad", "≥", 1.0)]
+    )
+    assert [(v.state, v.reason) for v in found] == [
+        ("absent", "the package gone is not installed"),
+        ("failed", "boom"),
+        ("absent", "the package gone is not installed"),
+    ]
+    assert not any(verdict.has_figure for verdict in found)
+
+
+def test_a_goal_that_was_not_asked_for_is_left_out() -> None:
+    """Neither met nor absent: the run has been told to leave its mode, its case or its script alone."""
+    results = results_of(meshlib=[9.0, 9.0, 9.0])
+    elsewhere = Goal(CASE, "meshlib", "meshlib", "rps", "≥", 1.0, script="handshake")
+    assert judged([results], [goal("meshlib", "aiohttp", "≥", 1.0), elsewhere]) == []
+
+
+def test_goals_are_printed_with_their_figure_and_what_came_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the ones without a figure."""
+    results = results_of(meshlib=[30.0, 31.0, 32.0], peer=[10.0, 10.0, 10.0], gone=Absent("no wrk"))
+    verdicts = judged(
+        [results], [goal("meshlib", "peer", "≥", 3.0), goal("peer", "meshlib", "≥", 3.0), goal("meshlib", "gone", "≥", 1.0)]
+    )
+    print_goals(verdicts)
+    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines() if CASE in line]
+    assert lines == [
+        ["meshlib", "rps / peer", "3.10 ×", "3.00 … 3.20", "≥ 3 ×", "met"],
+        ["peer", "rps / meshlib", "0.32 ×", "0.31 … 0.33", "≥ 3 ×", "missed"],
+        ["meshlib", "rps / gone", "", "", "≥ 1 ×", "absent: no wrk"],
+    ]
+
+
+def test_a_goal_is_a_row_that_names_both_sides_and_what_was_wanted() -> None:
+    """Its mode differs from those of all measurements, so that no row is taken for another."""
+    results = results_of(meshlib=[30.0, 30.0, 30.0], peer=[10.0, 10.0, 10.0])
+    [verdict] = judged([results], [goal("meshlib", "peer", "≥", 3.5)])
+    assert verdict.row() == {
+        "script": "client", "case": CASE, "mode": "meshlib / peer", "metric": "ratio", "value": 3.0, "unit": "1",
+        "low": 3.0, "high": 3.0, "relation": "≥", "goal": 3.5, "is_met": False,
+    }  # fmt: skip
+    assert {key for row in results.rows() for key in row} == KEYS
+
+
+def test_both_sides_of_every_goal_are_measured(tmp_path: Path) -> None:
+    """A case that is renamed in a script takes its goal along. No peer is started."""
+    with contextlib.ExitStack() as stack:
+        peers = Peers(tmp_path, stack)
+        made = {"client": client.runs(peers), "handshake": handshake.runs(peers), "memory": memory.runs(peers)}
+    keys = {(script, run.case, run.mode) for script, runs in made.items() for run in runs}
+    wanted = {(each.script, *side) for each in GOALS for side in (each.ours, each.theirs)}
+    assert wanted - keys == set()
+    assert {each.script for each in GOALS} <= {"client", *client.WITH}
+
+
+# --- processes
+
+
+def echo(value: float, *, seconds: float) -> dict[str, float]:
+    """A job of a worker that has its result at once."""
+    if value < 0:
+        raise ValueError("below nothing")
+    if value > 100:
+        raise Absent("too much")
+    return {"rps": value, "cpu_us": 1000 / value, "p99_us": value}
+
+
+def test_the_figures_of_two_processes_are_those_of_one_mode() -> None:
+    """Answers add up; CPU per call is weighed by the calls, here of equal processes."""
+    assert in_processes(2, "tests.test_benchmarks:echo", value=50.0)(0.0) == {"rps": 100.0, "cpu_us": 20.0, "p99_us": 50.0}
+
+
+@pytest.mark.parametrize(("value", "error", "said"), [(-1.0, Broken, "below nothing"), (101.0, Absent, "too much")])
+def test_a_process_that_has_no_figures_says_why(value: float, error: type[Exception], said: str) -> None:
+    """Its last word, or what is not installed."""
+    with pytest.raises(error, match=said):
+        in_process("tests.test_benchmarks:echo", value=value)(0.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_a_case_with_one_call_at_a_time_is_measured_on_one_core() -> None:
+    """Client and peers alike; afterwards all cores are free again, also for what was started meanwhile."""
+    free = os.sched_getaffinity(0)
+    with subprocess.Popen(["sleep", "60"]) as peer:
+        seen: list[set[int]] = []
+
+        def take(seconds: float) -> dict[str, float]:
+            seen.extend([os.sched_getaffinity(0), os.sched_getaffinity(peer.pid)])
+            return {"rps": 1.0}
+
+        results = Results("client", "rps")
+        results.measure([Run(CASE, "meshlib", take, is_serial=True)], 1, 0.0, random.Random(1))
+        after = [os.sched_getaffinity(0), os.sched_getaffinity(peer.pid)]
+        peer.kill()
+    assert seen == [{max(free)}] * 2
+    assert after == [free] * 2

@@ -1,0 +1,159 @@
+"""Which figures are wanted, and does a run reach them?
+
+One table, so that nobody has to look for a number in the code of a script. A goal compares two modes, maybe of two cases: it takes the
+ratio of their figures in the *same* round, and judges the median of those, since the rounds share a machine that is not equally quick
+in all of them. Where the script has compared already (`added_us`), it is the figure itself. A goal without a figure to compare with is told as absent or failed, with
+the reason, and never as met. What was not asked for (`--case`, `--mode`) is left out. A goal that is missed is no error of the run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from .harness import UNITS, Key, Results
+
+AT_LEAST, AT_MOST = "≥", "≤"
+State = Literal["met", "missed", "told", "absent", "failed"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`mode` in `case`, compared with `peer` (in `peer_case`, by default the same). Without `goal` it is only told.
+
+    `is_ratio` is not said of a metric that is a comparison with the peer already.
+    """
+
+    case: str
+    mode: str
+    peer: str
+    metric: str
+    relation: str
+    goal: float | None
+    peer_case: str = ""
+    script: str = "client"
+    is_ratio: bool = True
+
+    @property
+    def ours(self) -> Key:
+        return self.case, self.mode
+
+    @property
+    def theirs(self) -> Key:
+        return (self.peer_case or self.case, self.peer) if self.is_ratio else self.ours
+
+    @property
+    def against(self) -> str:
+        """The peer as a reader wants to see it: with its case where that is another."""
+        return f"{self.peer} ({self.peer_case})" if self.peer_case else self.peer
+
+    def is_reached_by(self, figure: float) -> bool | None:
+        if self.goal is None:
+            return None
+        return figure >= self.goal if self.relation == AT_LEAST else figure <= self.goal
+
+
+def _faster(what: str, mode: str, peer: str, wanted: Mapping[str, float], peer_what: str = "") -> list[Goal]:
+    """So many times the peer's answers per second, at each number of callers."""
+    return [
+        Goal(f"{what}/{at}", mode, peer, "rps", AT_LEAST, least, f"{peer_what}/{at}" if peer_what else "")
+        for at, least in wanted.items()
+    ]
+
+
+def _added(mode: str, most: float | None) -> list[Goal]:
+    """CPU of a call above that of the bare wire client."""
+    return [Goal(f"added/mtls/{at}", mode, "meshlib-wire", "added_us", AT_MOST, most, is_ratio=False) for at in ("c=1", "c=64")]
+
+
+def _kept(what: str, most: float, callers: str, threads: str) -> list[Goal]:
+    """MB that the process grew by."""
+    modes = (("meshlib", callers), ("meshlib-sync", threads))
+    return [
+        Goal(f"{what}/{kind}/{at}", mode, "", "rss_mb", AT_MOST, most, script="memory", is_ratio=False)
+        for kind in ("plain", "mtls")
+        for mode, at in modes
+    ]
+
+
+GOALS: Final[tuple[Goal, ...]] = (
+    *_faster("get/mtls", "meshlib", "httpx", {"c=1": 6.0, "c=64": 50.0}, "get/plain"),
+    *_faster("get/mtls", "meshlib", "httpx-envoy-pair", {"c=1": 6.0, "c=64": 40.0}),
+    *_faster("get/mtls", "meshlib", "aiohttp", {"c=1": 1.5, "c=64": 3.0}),
+    *_faster("get/mtls", "meshlib", "pyreqwest", {"c=1": 1.2, "c=64": 1.2}),
+    *_faster("get/mtls", "meshlib", "streams", {"c=1": 0.8, "c=64": 0.6}),
+    *_faster("get/mtls", "meshlib-transport", "httpx", {"c=1": 2.5, "c=64": 10.0}),
+    *_faster("get/mtls", "meshlib-sync", "httpx-sync", {"t=1": 3.0, "t=8": 15.0}),
+    *_faster("get-2-workers/mtls", "meshlib", "pyreqwest", {"c=1": 1.2, "c=64": 1.05}),
+    *_faster("get-1MiB/mtls", "meshlib", "streams", {"c=1": 0.8, "c=8": 0.8}),
+    *_added("meshlib-way", 4.0),
+    *_added("meshlib", None),
+    *_kept("body-down", 8.0, "c=1", "c=1"),
+    *_kept("body-up", 8.0, "c=1", "c=1"),
+    *_kept("calls", 1.0, "c=64", "t=1"),
+    Goal("resumed/mtls/c=1", "meshlib", "meshlib", "cpu_us", AT_MOST, 0.45, "full/mtls/c=1", "handshake"),
+    Goal("full/mtls/c=1", "meshlib", "ssl", "cpu_us", AT_MOST, 0.5, script="handshake"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a goal: the median, the lowest and the highest of its rounds; or why there is none."""
+
+    goal: Goal
+    state: State
+    figure: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    reason: str = ""
+
+    @property
+    def has_figure(self) -> bool:
+        return self.state in ("met", "missed", "told")
+
+    def row(self) -> dict[str, Any]:
+        """As the other rows of `--json`, with what was wanted. `mode` names both."""
+        goal = self.goal
+        metric = "ratio" if goal.is_ratio else goal.metric
+        return {
+            "script": goal.script,
+            "case": goal.case,
+            "mode": f"{goal.mode} {'/' if goal.is_ratio else '-'} {goal.against}" if goal.peer else goal.mode,
+            "metric": metric,
+            "value": round(self.figure, 3),
+            "unit": UNITS[metric],
+            "low": round(self.low, 3),
+            "high": round(self.high, 3),
+            "relation": goal.relation,
+            "goal": goal.goal,
+            "is_met": goal.is_reached_by(self.figure),
+        }
+
+
+def judged(everything: Iterable[Results], goals: Iterable[Goal] = GOALS) -> list[Verdict]:
+    """The goals of which both sides were asked for, each with what the run says of it."""
+    by_script = {results.script: results for results in everything}
+    found = []
+    for goal in goals:
+        results = by_script.get(goal.script)
+        if results is not None and goal.ours in results.values and goal.theirs in results.values:
+            found.append(_judge(goal, results))
+    return found
+
+
+def _judge(goal: Goal, results: Results) -> Verdict:
+    figures = results.ratios(goal.ours, goal.theirs, goal.metric) if goal.is_ratio else results.of(*goal.ours, goal.metric)
+    if figures:
+        figure = statistics.median(figures)
+        is_met = goal.is_reached_by(figure)
+        state: State = "told" if is_met is None else "met" if is_met else "missed"
+        return Verdict(goal, state, figure, min(figures), max(figures))
+    for key in (goal.ours, goal.theirs):
+        if key in results.skipped:
+            return Verdict(goal, "absent", reason=results.skipped[key])
+    for key in (goal.ours, goal.theirs):
+        if key in results.broken:
+            return Verdict(goal, "failed", reason=results.broken[key])
+    return Verdict(goal, "failed", reason="no round has both")
