@@ -24,7 +24,7 @@ from .harness import Results, write_json
 from .peers import Peers
 from .table import print_goals, print_head, print_results
 
-SCRIPTS = ("client", "handshake", "memory", "decide", "server", "start")
+SCRIPTS = ("client", "handshake", "memory", "decide", "guard", "simulate", "server", "start")
 # How long each mode is measured each time, unless its script says otherwise.
 SECONDS, BRIEF_SECONDS = 2.5, 0.1
 
@@ -68,7 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
             ]
             results = Results(name, script.PRIMARY)
             results.measure(runs, min(rounds, getattr(script, "MOST_ROUNDS", rounds)), seconds, order)
-        print_results(results, script.compared(results) if hasattr(script, "compared") else [], has_ratios=script.HAS_RATIOS)
+        if hasattr(script, "show"):
+            script.show(results)
+        else:
+            print_results(results, script.compared(results) if hasattr(script, "compared") else [], has_ratios=script.HAS_RATIOS)
         everything.append(results)
         verdicts = judged(everything)
         if given.json:

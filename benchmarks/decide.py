@@ -4,6 +4,9 @@
 budget, record, and the seam between the languages. No bytes are moved. `meshlib` is the default policy (peak-EWMA); `begin` … `finish` are
 its parts, measured over 64 calls in flight. An empty native call, and the loop around it, are taken off once. `rss_mb` is
 what the plan and the endpoints hold. What Python does around the engine is in `client.py` (`meshlib-way`).
+
+`meshlib-rust` is the same without Python. `growth` is how many times more a call takes with so many endpoints of one service than with
+ten, block by block in one process: by each policy, for turns with weights of 1 to 5, for hashes with a key for each call. `swap` is in `swap.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import json
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from .harness import Comparison, Results, Run, in_process
+from .native import by_example
 from .peers import Peers
 
 PRIMARY = "ns"
@@ -25,6 +30,9 @@ HAS_RATIOS = False
 # Services, and endpoints of each; a service has two routes in the first case.
 CASES: Final = {"call/10k-routes-50k-endpoints": (5_000, 2, 10), "call/1-route-10-endpoints": (1, 1, 10)}
 PARTS: Final = ("begin", "next", "head", "finish")
+POLICIES: Final = ("random", "least_request", "peak_ewma", "maglev", "ring_hash", "round_robin")
+GROWN: Final = {"1k": 1_000, "10k": 10_000, "100k": 100_000}
+SWAPPED: Final = ("routes", "endpoints")
 # Calls of one measured block, and calls in flight where the parts are measured.
 BLOCK: Final = 2_048
 FLIGHT: Final = 64
@@ -44,7 +52,27 @@ def runs(peers: Peers) -> list[Run]:
         )
         for case, size in CASES.items()
         for mode in ("meshlib", "round_robin", *PARTS)
+    ] + [*_native_runs(), *_swaps(peers)]
+
+
+def _native_runs() -> list[Run]:
+    return [
+        *(
+            Run(case, "meshlib-rust", by_example("decide", "call", size, "peak_ewma"))
+            for case, size in zip(CASES, ("large", "small"), strict=True)
+        ),
+        *(
+            Run(f"growth/{policy}/{name}-endpoints", "meshlib-rust", by_example("decide", "growth", str(count), policy))
+            for policy in POLICIES
+            for name, count in GROWN.items()
+        ),
+        *(Run(f"swap/10k-{what}", "meshlib-rust", by_example("decide", "swap", what)) for what in SWAPPED),
     ]
+
+
+def _swaps(peers: Peers) -> list[Run]:
+    config = partial(peers.mesh, [], is_private=False)
+    return [Run(f"swap/10k-{what}", "meshlib", in_process("benchmarks.swap:work", what=what, config=config)) for what in SWAPPED]
 
 
 def compared(results: Results) -> list[Comparison]:
@@ -74,10 +102,10 @@ def work(mode: str, size: tuple[int, int, int], config: str, seconds: float) -> 
     from meshlib._native import core
 
     services, routes, endpoints = size
-    plan = _plan(config, services, routes, "round_robin" if mode == "round_robin" else "peak_ewma")
+    text = plan(config, services, routes, "round_robin" if mode == "round_robin" else "peak_ewma")
     before = _resident()
     engine = core.Engine(1)
-    engine.publish(plan, 0.0)
+    engine.publish(text, 0.0)
     for n in range(services):
         addresses: list[tuple[str, float, str, dict[str, str], str]] = [
             (f"10.{n >> 8}.{n & 255}.{k}:8443", 1.0, "", {}, "") for k in range(1, endpoints + 1)
@@ -92,11 +120,12 @@ def work(mode: str, size: tuple[int, int, int], config: str, seconds: float) -> 
     return {"ns": _whole(core, engine, targets, seconds), "rss_mb": held / 1e6}
 
 
-def _plan(config: str, services: int, routes: int, policy: str) -> bytes:
+def plan(config: str, services: int, routes: int, policy: str) -> bytes:
     """The plan of one service as the configuration makes it, many times over: every field is what a user gets."""
     from meshlib.config import load
 
-    one = next(s for s in json.loads(load(Path(config), service="me").client_plan())["services"] if s["name"] == "orders")
+    whole = json.loads(load(Path(config), service="me").client_plan())
+    one = next(s for s in whole["services"] if s["name"] == "orders")
     one["routes"] = one["routes"][-routes:]
     one["balance"]["policy"] = policy
     every = []
@@ -104,7 +133,7 @@ def _plan(config: str, services: int, routes: int, policy: str) -> bytes:
         name = f"service-{n}"
         named = [{**route, "name": f"{name}/{k}"} for k, route in enumerate(one["routes"])]
         every.append({**one, "name": name, "hosts": [name], "routes": named})
-    return json.dumps({"services": every}).encode()
+    return json.dumps({**whole, "services": every}).encode()
 
 
 def _whole(core: Any, engine: Any, targets: list[tuple[str, str]], seconds: float) -> float:

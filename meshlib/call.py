@@ -8,7 +8,7 @@ no argument has to be passed along. This module decides nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,11 @@ from ._native import core
 
 HEADER_DEADLINE = "x-mesh-deadline-ms"
 HEADER_ATTEMPT = "x-mesh-attempt"
+# The same as Envoy tells it, counted from 1, and our key in `tracestate`, which passes through hops that know nothing but traces.
+ENVOY_ATTEMPT = "x-envoy-attempt-count"
+STATE = "meshlib"
+# On a failed answer: what may be tried has been tried further down.
+HEADER_NO_RETRY = "x-mesh-no-retry"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +48,14 @@ class Peer:
 class Call:
     """What the application asked once, with the story of how it went. Found at `response.extensions["meshlib.call"]`."""
 
-    __slots__ = ("_native", "method", "target")
+    __slots__ = ("_native", "fallback", "method", "target")
 
     def __init__(self, native: core.Call, method: str, target: str) -> None:
         self._native = native
         self.method = method
         self.target = target
+        # The word of what answered in its place: value, last_good or callable.
+        self.fallback = ""
 
     @property
     def service(self) -> str:
@@ -65,7 +72,10 @@ class Call:
 
     def record(self) -> dict[str, Any]:
         """The decisions in order, for programs: candidates, choices, verdicts, waits. Times in milliseconds since the beginning."""
-        return {**self._native.record(), "method": self.method, "path": self.target}
+        record = {**self._native.record(), "method": self.method, "path": self.target}
+        if self.fallback:
+            record["fallback"] = self.fallback
+        return record
 
     def explain(self) -> str:
         """The same for people: which route, who was a candidate, what each attempt did, and why it was (not) tried again."""
@@ -77,6 +87,16 @@ class Call:
         return f"<Call {self.method} {self.service}{self.target} route={self.route} attempts={self.attempts}>"
 
 
+# Where a failed call hangs on an exception that isn't ours.
+MARK = "__meshlib_call__"
+
+
+def call_of(error: BaseException) -> Call | None:
+    """The record of the call that ended with this exception: of a guarded function, or of the mesh's own errors."""
+    call = getattr(error, MARK, None) or getattr(error, "call", None)
+    return call if isinstance(call, Call) else None
+
+
 @dataclass(frozen=True, slots=True)
 class CallPolicy:
     """What one call asks for beyond the configuration. None leaves it to the route.
@@ -85,6 +105,11 @@ class CallPolicy:
     it may be sent again, 0 to 10; the budget stays in force. `hedge`: seconds, at most 60, that an attempt may be without an answer
     before a second one goes to another endpoint; the first good answer counts, and the other attempt is cancelled. `zone`: endpoints
     of this zone first; the others only when none of it is healthy and untried. A zone that discovery doesn't know changes nothing.
+    `wait` and `stop`: strategies of tenacity (``wait_random_exponential()``, ``stop_after_delay(2)``) or callables over its
+    RetryCallState, asked only when a retry is due: seconds in place of the configured backoff, and whether to give up. `key`: the
+    key for services that are balanced by a hash, in place of what the configuration names. `labels`: only endpoints that carry these.
+    `fallback`: what the caller gets where every attempt failed: a value, `meshlib.last_good()` or a callable (sync or async) that
+    is given the error; `...` for none.
 
     A call is hedged once at most, and only if it is idempotent, its body is in memory, nobody further up is retrying, and the budget
     of retries has one left. The hedge is none of the `retries`: with 0 of them there is still one hedge, and after a failure of both
@@ -99,6 +124,15 @@ class CallPolicy:
     retries: int | None = None
     hedge: float | None = None
     zone: str | None = None
+    wait: Callable[[Any], float] | None = field(default=None, repr=False)
+    stop: Callable[[Any], bool] | None = field(default=None, repr=False)
+    key: str | None = field(default=None, repr=False)
+    labels: Mapping[str, str] | None = field(default=None, hash=False)
+    fallback: Any = field(default=..., repr=False, hash=False)
+
+    @property
+    def has_fallback(self) -> bool:
+        return self.fallback is not ...
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not 0 < self.timeout <= 86400:
@@ -109,6 +143,24 @@ class CallPolicy:
             raise ValueError(f"hedge={self.hedge!r}: seconds above 0, at most 60, are expected")
         if self.zone is not None and (not isinstance(self.zone, str) or not self.zone):
             raise ValueError(f"zone={self.zone!r}: the name of a zone is expected, or None for any")
+        for name, strategy in (("wait", self.wait), ("stop", self.stop)):
+            if strategy is not None and (not callable(strategy) or isinstance(strategy, type)):
+                raise ValueError(f"{name}={strategy!r}: one of tenacity's {name}_* objects or a callable(state) is expected")
+        if self.key is not None and (not isinstance(self.key, str) or not self.key):
+            raise ValueError("key: a text that isn't empty is expected, or None for what the configuration names")
+        if self.labels is not None and not _are_labels(self.labels):
+            raise ValueError(f"labels={self.labels!r}: a mapping of texts is expected, such as {{'version': 'v2'}}")
+        if isinstance(self.fallback, type):
+            text = (
+                f"fallback={self.fallback.__name__}: a value, meshlib.last_good() or a callable(error) is expected, not a class"
+            )
+            raise ValueError(text)  # noqa: TRY004  # as for every other value that can't be used
+
+
+def _are_labels(labels: object) -> bool:
+    return isinstance(labels, Mapping) and all(
+        isinstance(name, str) and name and isinstance(value, str) for name, value in labels.items()
+    )
 
 
 NO_POLICY = CallPolicy()
@@ -121,9 +173,14 @@ def policy(
     retries: int | None = None,
     hedge: float | None = None,
     zone: str | None = None,
+    wait: Callable[[Any], float] | None = None,
+    stop: Callable[[Any], bool] | None = None,
+    key: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    fallback: Any = ...,
 ) -> dict[str, CallPolicy]:
     """A `CallPolicy` in the form that httpx takes: ``http.post(url, extensions=meshlib.policy(idempotent=True))``."""
-    return {"meshlib.policy": CallPolicy(idempotent, timeout, retries, hedge, zone)}
+    return {"meshlib.policy": CallPolicy(idempotent, timeout, retries, hedge, zone, wait, stop, key, labels, fallback)}
 
 
 current_peer: ContextVar[Peer | None] = ContextVar("meshlib.peer", default=None)

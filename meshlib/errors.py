@@ -12,6 +12,7 @@
     │   ├── NoEndpoint             nowhere to send it
     │   ├── CircuitOpen            every endpoint is ejected (also a pybreaker.CircuitBreakerError)
     │   ├── LimitExceeded          too many calls in flight
+    │   │   └── Throttled          the service refuses most calls, so fewer are sent
     │   ├── RateLimited            too many calls in a time
     │   └── Denied                 not allowed; .rule names what refused it
     ├── DeadlineExceeded           the Call's time is spent
@@ -30,9 +31,7 @@ from Rust too. This module imports nothing of meshlib, so that everything may im
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from pybreaker import CircuitBreakerError
+from typing import TYPE_CHECKING, Any
 
 
 class MeshError(Exception):
@@ -119,16 +118,26 @@ class NoEndpoint(Refused):
     reason = "balance.no_endpoints"
 
 
-class CircuitOpen(Refused, CircuitBreakerError):
-    reason = "admit.breaker_open"
-
-
 class LimitExceeded(Refused):
     reason = "admit.limit"
 
 
+class Throttled(LimitExceeded):
+    """The service refuses so much that this process sends less by itself (`admit.throttle`)."""
+
+    reason = "admit.throttle"
+
+
 class RateLimited(Refused):
+    """Too many calls in a time. `retry_after`: seconds until the next one may pass, 0.0 where that isn't known."""
+
     reason = "admit.rate"
+
+    def __init__(
+        self, message: str = "", *, hint: str = "", reason: str | None = None, call: Any = None, retry_after: float = 0.0
+    ) -> None:
+        super().__init__(message, hint=hint, reason=reason, call=call)
+        self.retry_after = retry_after
 
 
 class Denied(Refused):
@@ -181,3 +190,23 @@ class AttemptTimeout(AttemptFailed, TimeoutError):
 
 class ProtocolError(AttemptFailed):
     reason = "send.protocol"
+
+
+if TYPE_CHECKING:
+    from pybreaker import CircuitBreakerError
+
+    class CircuitOpen(Refused, CircuitBreakerError):
+        """Every endpoint is ejected."""
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`CircuitOpen` comes about when somebody asks for it: pybreaker takes 0.2 s to import where redis is installed."""
+        if name != "CircuitOpen":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from pybreaker import CircuitBreakerError
+
+        known = globals().get(name)
+        if known is None:
+            body = {"reason": "admit.breaker_open", "__doc__": "Every endpoint is ejected.", "__module__": __name__}
+            known = globals().setdefault(name, type(name, (Refused, CircuitBreakerError), body))
+        return known

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     import grpc
     import grpc.aio
     from httpx import AsyncBaseTransport, AsyncClient, BaseTransport, Client
+    from pybreaker import CircuitBreakerListener
 
+    from .admit.checks import Checker
+    from .client.function import Decorator
+    from .client.guarded import Guard
     from .config import Config
     from .secure import IdentityStore
 
@@ -49,6 +53,8 @@ class Mesh:
         from .keeper import shared
         from .observe import Observer
 
+        # What it is made of is imported here, not in the outage in which it is raised first.
+        _ = errors.CircuitOpen
         self.config = config
         self.service = config.service
         self.reloads = 0
@@ -61,6 +67,8 @@ class Mesh:
         self._is_ready = True
         self._listener: Any = None
         self._jobs: list[Any] = []
+        # Those whose entrance is made again, after a fork or a reload.
+        self.guards: weakref.WeakSet[Guard] = weakref.WeakSet()
         now = time.monotonic()
         self.engine = core.Engine(secrets.randbits(64))
         self.gate = core.Gate()
@@ -69,24 +77,28 @@ class Mesh:
         self.gate.publish(config.server_plan(), now)
         self.observer = Observer(service=config.service, sample=config.own.observe.sample)
         self.outbound = OutboundWay(self.engine, self.identity, self.observer)
-        self.outbound.egress = config.egress
         from .discover import Directory
 
+        self._use(config)
+        self._limit(config)()
         self.directory = Directory(self.engine, self.keeper)
         self.directory.follow(config)
+        self._checker: Checker | None = None
+        self._check(config)
         _tell(config)
         _meshes.add(self)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] | None = None, *, service: str | None = None) -> Mesh:
+    def load(cls, source: str | os.PathLike[str] | None = None, *, service: str | None = None, zone: str | None = None) -> Mesh:
         """Read the configuration, prove who we are, and find the endpoints that can be found at once.
 
         `source` is a file, by default $MESHLIB_CONFIG and then ./mesh.yaml; `service` says which of its services this process is,
-        by default $MESHLIB_SERVICE. Raises `ConfigError` with every mistake at once, or `IdentityError`.
+        by default $MESHLIB_SERVICE; `zone` says where it runs, by default $MESHLIB_ZONE, and "" is nowhere in particular.
+        Raises `ConfigError` with every mistake at once, or `IdentityError`.
         """
         from .config import load
 
-        return cls(load(source, service=service))
+        return cls(load(source, service=service, zone=zone))
 
     # --- life
 
@@ -104,7 +116,9 @@ class Mesh:
                 self.keeper.every(LOOK, self._look_at_config, name="reload"),
                 self.keeper.every(LOOK, self._look_at_identity, name="rotate"),
                 self.keeper.every(LOOK, self._look_at_connections, name="sweep"),
+                self.keeper.every(LOOK, self._tend, name="tend"),
                 *self.directory.jobs(),
+                *(self._checker.jobs() if self._checker is not None else ()),
             ]
         self.keeper.start()
         address = os.environ.get("MESHLIB_METRICS") or self.config.own.observe.metrics
@@ -133,7 +147,7 @@ class Mesh:
 
         with self._reloading:
             try:
-                fresh = load(self.config.file, service=self.service)
+                fresh = load(self.config.file, service=self.service, zone=self.config.zone)
                 if fresh.source != self.config.source:
                     self._adopt(fresh)
                 elif self._reload_error:
@@ -255,6 +269,54 @@ class Mesh:
 
         return client_interceptors(self.start(), service)
 
+    def guard(
+        self,
+        name: str,
+        *,
+        idempotent: bool = False,
+        timeout: float | None = None,
+        retries: int | None = None,
+        wait: Callable[[Any], float] | None = None,
+        stop: Callable[[Any], bool] | None = None,
+        retry_on: type[Exception] | tuple[type[Exception], ...] = (Exception,),
+        ignore: type[BaseException] | tuple[type[BaseException], ...] = (),
+        fallback: Any = ...,
+        listeners: Iterable[CircuitBreakerListener] = (),
+    ) -> Decorator:
+        """Limits, breaker, deadline and retries for any function, sync or async: ``@mesh.guard("ledger", idempotent=True)``.
+
+        Functions of one `name` share a breaker, a limit and a budget. Only an `idempotent` function is ever repeated, at most
+        `retries` times (in place of what is configured), after exceptions of `retry_on`. Every `Exception` counts against the
+        dependency, but for those of `ignore`, which say nothing about it. `timeout` is for the whole call, in seconds: an async
+        function is cut then; a blocking one can't be, so that it only ends what is between attempts, and calls of the mesh
+        inside it. `wait`, `stop` and `fallback` are as in `CallPolicy`; `listeners` are pybreaker's.
+
+        Raises what the function raised at last, unchanged; `CircuitOpen` (also a `pybreaker.CircuitBreakerError`),
+        `LimitExceeded` or `RateLimited` before it is called at all; `DeadlineExceeded`. `meshlib.call_of(error)` has the record.
+        """
+        from .client.function import guard
+
+        return guard(
+            self,
+            name,
+            idempotent=idempotent,
+            timeout=timeout,
+            retries=retries,
+            wait=wait,
+            stop=stop,
+            retry_on=retry_on,
+            ignore=ignore,
+            fallback=fallback,
+            listeners=listeners,
+        )
+
+    @property
+    def fallbacks(self) -> Mapping[tuple[str, str], int]:
+        """How often a fallback stood in, by service (or ``guard:<name>``) and word: `value`, `last_good` or `callable`."""
+        from .client.stand_in import fallbacks_of
+
+        return fallbacks_of(self.outbound).counts()
+
     # --- in
 
     def asgi(self, app: Any) -> Any:
@@ -316,6 +378,9 @@ class Mesh:
         if self.identity is not None:
             self.identity.refresh(time.time())
 
+    def _tend(self) -> None:
+        self.engine.tend(time.monotonic())
+
     def _look_at_connections(self) -> None:
         for carrier in tuple(self.outbound.carriers):
             carrier.sweep()
@@ -328,15 +393,64 @@ class Mesh:
         core.Engine(0).publish(client_plan, now)
         core.Gate().publish(server_plan, now)
         go_through_with_it = self.directory.prepare(fresh)
+        limit = self._limit(fresh)
         self.engine.publish(client_plan, now)
         self.gate.publish(server_plan, now)
         self.identity = self.outbound.identity = identity
-        self.outbound.egress = fresh.egress
+        self._use(fresh)
+        limit()
         self.config = fresh
+        self._renew_guards()
         go_through_with_it()
+        self._check(fresh)
+
+    def _use(self, config: Config) -> None:
+        """What the way out has to know of a configuration beside the engine's plan."""
+        self.outbound.egress = config.egress
+        self.outbound.is_by_peer = any(service.is_by_peer for service in config.services.values())
+
+    def _check(self, config: Config) -> None:
+        """Ask endpoints how they are, where a configuration wants that."""
+        if self._checker is None:
+            if all(service.check is None for service in config.services.values()):
+                return
+            from .admit.checks import Checker
+
+            self._checker = Checker(
+                self.engine,
+                self.keeper,
+                endpoints=self.directory.endpoints,
+                own=lambda: self.identity.client_tls if self.identity is not None else None,
+                is_called=lambda service: self.engine.calls(service) > 0,
+            )
+            if self._started_in is not None:
+                self._jobs += self._checker.jobs()
+        self._checker.follow(config)
+
+    def _limit(self, config: Config) -> Callable[[], None]:
+        """Open the stores of rates that all processes share, if there are any; what is returned puts them in force."""
+        outbound = self.outbound
+        if not any(service.global_rates for service in config.services.values()):
+
+            def without() -> None:
+                # Also where there were some before: calls take the short way again.
+                outbound.rates = None
+
+            return without
+        from .admit.limiter import RateGuard
+
+        rates = outbound.rates or RateGuard()
+        apply = rates.prepare(config)
+
+        def put_in_force() -> None:
+            apply()
+            outbound.rates = rates
+
+        return put_in_force
 
     def _after_fork(self) -> None:
         self.outbound.wake = self._wake
+        self._renew_guards()
         self._listener = None
         # The parent's choices are not repeated, and its permits and TLS sessions are not ours.
         self.engine.reseed(secrets.randbits(64))
@@ -345,6 +459,10 @@ class Mesh:
         self._lock, self._reloading = threading.Lock(), threading.Lock()
         if self.identity is not None:
             self.identity.after_fork()
+
+    def _renew_guards(self) -> None:
+        for guard in tuple(self.guards):
+            guard.renew()
 
     def _wake(self) -> None:
         """In a forked child: the keeper's thread stayed with the parent."""
@@ -379,12 +497,29 @@ def _laid_out(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 _meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
 
 
+# Engines that a fork is holding: the same are let go, whatever is made or collected meanwhile.
+_held: list[core.Engine] = []
+
+
+def _before_fork() -> None:
+    # A change that another thread is making would stay half made in the child for ever.
+    _held.extend(mesh.engine for mesh in tuple(_meshes))
+    for engine in _held:
+        engine.hold()
+
+
+def _let_go() -> None:
+    while _held:
+        _held.pop().release()
+
+
 def _after_fork() -> None:
+    _let_go()
     for mesh in tuple(_meshes):
         mesh._after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_let_go, after_in_child=_after_fork)
 
 
 def _tell(config: Config) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import meshlib
 
@@ -41,12 +43,23 @@ def write_config(folder: Path, services: dict[str, Any], *, mode: str = "observe
 def mesh_of(
     folder: Path, services: dict[str, Any], *, service: str = "me", mode: str = "observe", **top: Any
 ) -> Iterator[meshlib.Mesh]:
-    """A mesh for the service `me`, closed at the end."""
-    mesh = meshlib.Mesh.load(write_config(folder, {"me": {}, **services}, mode=mode, **top), service=service)
+    """A mesh for the service `me`, closed at the end. Round robin begins with the first endpoint."""
+    with in_order():
+        mesh = meshlib.Mesh.load(write_config(folder, {"me": {}, **services}, mode=mode, **top), service=service)
+    # All other chance is what it is elsewhere.
+    mesh.engine.reseed(secrets.randbits(64))
     try:
         yield mesh
     finally:
         mesh.close()
+
+
+@contextlib.contextmanager
+def in_order() -> Iterator[None]:
+    """Turns of a mesh that is loaded here begin with the first of 2 to 8 endpoints; otherwise they begin anywhere."""
+    # The first number that this seed gives is divisible by 840.
+    with mock.patch("meshlib.mesh.secrets.randbits", return_value=2779):
+        yield
 
 
 def identities(folder: Path, *services: str) -> Any:

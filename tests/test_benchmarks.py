@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import client, handshake, memory
+from benchmarks import client, decide, guard, handshake, memory, native, swap
 from benchmarks.goals import GOALS, Goal, judged
 from benchmarks.harness import Comparison, Results, Run, in_process, in_processes, write_json
 from benchmarks.peers import ROOT, Absent, Broken, Peers
@@ -115,9 +115,74 @@ def test_handshake_measures_both_sides_full_and_resumed(tmp_path: Path) -> None:
 
 def test_decide_measures_a_call_and_its_parts(tmp_path: Path) -> None:
     """The small case; the large one has the same code."""
-    rows = measure(tmp_path, "decide", "--case", "call/1-route-10-endpoints")
-    assert {row["mode"] for row in rows} == {"meshlib", "round_robin", "begin", "next", "head", "finish"}
+    modes = ("meshlib", "round_robin", "begin", "next", "head", "finish")
+    rows = measure(tmp_path, "decide", "--case", "call/1-route-10-endpoints", *(f"--mode={mode}" for mode in modes))
+    assert {row["mode"] for row in rows} == set(modes)
     assert {row["unit"] for row in rows if row["metric"] == "ns"} == {"ns"}
+
+
+@pytest.mark.parametrize("what", swap.SIZES)
+def test_swap_holds_calls_beside_it_against_those_between(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A small mesh, in this process; what the endpoints have counted must be there after it, or the run breaks."""
+    monkeypatch.setattr(swap, "SIZES", {"routes": (20, 2, 2), "endpoints": (1, 2, 40)})
+    with contextlib.ExitStack() as stack:
+        config = Peers(tmp_path, stack).mesh([], is_private=False)
+        found = swap.work(what, config, 0.05)
+    assert set(found) == {"ms", "p99_us", "added_us", "most_us"}
+    assert found["most_us"] >= found["p99_us"] > 0
+
+
+@pytest.fixture(scope="module")
+def examples() -> None:
+    """Those of the engine, built: a minute where nobody has done it yet."""
+    try:
+        native.built()
+    except Absent as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("examples")
+def test_decide_measures_the_engine_alone(tmp_path: Path) -> None:
+    """A call, what it grows by, and a swap, without Python."""
+    cases = ("call/1-route-10-endpoints", "growth/maglev/1k-endpoints", "swap/10k-endpoints")
+    rows = measure(tmp_path, "decide", "--mode", "meshlib-rust", *(f"--case={case}" for case in cases))
+    assert {(row["case"], row["metric"]) for row in rows} == {
+        ("call/1-route-10-endpoints", "ns"),
+        ("growth/maglev/1k-endpoints", "ns"),
+        ("growth/maglev/1k-endpoints", "growth"),
+        *(("swap/10k-endpoints", metric) for metric in ("ms", "p50_us", "p99_us", "added_us", "most_us")),
+    }
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("examples")
+def test_memory_measures_an_endpoint_and_a_service(tmp_path: Path) -> None:
+    """Bytes of the allocator and of the kernel; the tables of a hash are the difference between the policies."""
+    rows = measure(tmp_path, "memory", "--case", "endpoint*", "--case", "service")
+    cases = ("endpoint/peak_ewma", "endpoint/ring_hash", "endpoint/maglev", "endpoint-used/peak_ewma", "service")
+    check(rows, {(case, "meshlib-rust"): {"bytes", "rss_bytes"} for case in cases})
+    bytes_of = {row["case"]: row["value"] for row in rows if row["metric"] == "bytes"}
+    assert bytes_of["endpoint/peak_ewma"] < bytes_of["endpoint/ring_hash"] < bytes_of["endpoint/maglev"]
+
+
+def test_an_example_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last word; and without cargo the figures are absent."""
+    monkeypatch.setattr(native, "built", lambda: {"decide": sys.executable})
+    with pytest.raises(Broken, match=r"exit code 1: ZeroDivisionError"):
+        native.by_example("decide", "-c", "1 / 0", is_timed=False)(0.0)
+    monkeypatch.undo()
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    native.built.cache_clear()
+    with pytest.raises(Absent, match="cargo is not installed"):
+        native.by_example("decide")(0.0)
+
+
+@pytest.mark.parametrize("case", list(guard.MODES))
+def test_guard_measures_the_mesh_and_its_peers(tmp_path: Path, case: str) -> None:
+    """Every mode of a case calls the same function."""
+    rows = measure(tmp_path, "guard", "--case", case)
+    assert {(row["mode"], row["unit"]) for row in rows} == {(mode, "ns") for mode in guard.MODES[case]}
 
 
 @pytest.mark.parametrize("server", ["uvicorn", "gunicorn"])
@@ -157,6 +222,10 @@ def test_nothing_outlives_a_run_that_is_told_to_stop(tmp_path: Path) -> None:
         run.wait()
         if run.stdout is not None:
             run.stdout.close()
+    # They are init's children now, which collects them when it comes to it.
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in started) and time.monotonic() < end:
+        time.sleep(0.02)
     assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
     assert list(tmp_path.iterdir()) == []
 
@@ -302,11 +371,18 @@ def test_both_sides_of_every_goal_are_measured(tmp_path: Path) -> None:
     """A case that is renamed in a script takes its goal along. No peer is started."""
     with contextlib.ExitStack() as stack:
         peers = Peers(tmp_path, stack)
-        made = {"client": client.runs(peers), "handshake": handshake.runs(peers), "memory": memory.runs(peers)}
+        made = {
+            "client": client.runs(peers),
+            "handshake": handshake.runs(peers),
+            "memory": memory.runs(peers),
+            "guard": guard.runs(peers),
+            "decide": decide.runs(peers),
+        }
     keys = {(script, run.case, run.mode) for script, runs in made.items() for run in runs}
     wanted = {(each.script, *side) for each in GOALS for side in (each.ours, each.theirs)}
     assert wanted - keys == set()
-    assert {each.script for each in GOALS} <= {"client", *client.WITH}
+    # What isn't about the outbound path is judged where its own script is run.
+    assert {each.script for each in GOALS} <= {"client", *client.WITH, "guard", "decide"}
 
 
 # --- processes

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import meshlib
-from tests.support import Request, Scripted, identities, mesh_of, ok, scripted, write_config
+from tests.support import ROOT, Request, Scripted, identities, mesh_of, ok, scripted, write_config
 
 
 async def hello(server: Scripted, request: Request) -> bytes:
@@ -184,3 +186,44 @@ def test_a_forked_child_makes_calls_of_its_own(tmp_path: Path) -> None:
     finally:
         stop.set()
         thread.join()
+
+
+FORKS = """
+import os, signal, sys, threading, time
+import meshlib
+
+mesh = meshlib.Mesh.load(sys.argv[1], service="me")
+found = [(f"10.0.{n >> 8}.{n & 255}:80", 1.0, "", {}, "") for n in range(20_000)]
+is_over = False
+
+def change():
+    version = 10**9
+    while not is_over:
+        mesh.engine.resolve("orders", version, found, 1.0)
+        version += 1
+
+thread = threading.Thread(target=change)
+thread.start()
+lost = 0
+for n in range(5):
+    time.sleep(0.05)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        mesh.engine.resolve("orders", 10**10, found[:5], 2.0)
+        mesh.engine.begin("orders", "GET", "/", [], 2.0)
+        os._exit(0)
+    lost += os.waitpid(child, 0)[1] != 0
+is_over = True
+thread.join()
+print("lost", lost)
+"""
+
+
+def test_a_child_that_is_forked_during_a_change_can_go_on(tmp_path: Path) -> None:
+    """Another thread's change of the endpoints is finished before the fork, or it would stay half made in the child for ever."""
+    balance = {"policy": "maglev", "hash_on": [{"header": "x"}]}
+    services = {"me": {}, "orders": {"discover": {"static": ["127.0.0.1:1"]}, "balance": balance}}
+    file = write_config(tmp_path, services, mode="observe")
+    done = subprocess.run([sys.executable, "-c", FORKS, str(file)], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.stdout.strip() == "lost 0", done.stderr

@@ -8,6 +8,8 @@ untried. What is not checked: prose, and the figures of the benchmarks, which `m
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import inspect
 import re
 import shlex
@@ -21,13 +23,26 @@ from typing import Any
 
 import grpc
 import httpx
+import pybreaker
 import pytest
+import tenacity
 import yaml
 
 import meshlib
 from meshlib import cli
 from meshlib.observe import names
-from tests.support import PYTHON, ROOT, free_port, identities, process, wait_until_listening
+from tests.support import (
+    PYTHON,
+    ROOT,
+    Request,
+    Scripted,
+    free_port,
+    identities,
+    ok,
+    process,
+    scripted,
+    wait_until_listening,
+)
 
 README = (ROOT / "README.md").read_text()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
@@ -190,6 +205,14 @@ async def test_the_other_ways_work_as_written(shop: Shop, monkeypatch: pytest.Mo
     space["mesh"].close()
 
 
+async def run(code: str, **space: Any) -> dict[str, Any]:
+    """A block that awaits, as if it stood in a coroutine; what it leaves behind."""
+    compiled = compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if (left := eval(compiled, space)) is not None:
+        await left
+    return space
+
+
 async def test_grpc_works_as_written(tmp_path: Path) -> None:
     """The server's block and the caller's block, with a stub as it is generated."""
     port = free_port()
@@ -220,12 +243,6 @@ async def test_grpc_works_as_written(tmp_path: Path) -> None:
     def stub(channel: Any) -> Any:
         return SimpleNamespace(Reserve=channel.unary_unary("/shop.Inventory/Reserve"))
 
-    async def run(code: str, **space: Any) -> dict[str, Any]:
-        compiled = compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        if (left := eval(compiled, space)) is not None:
-            await left
-        return space
-
     served = await run(
         block("grpc-server").replace("8201", str(port)),
         mesh=meshlib.Mesh.load(file, service="inventory"),
@@ -242,6 +259,76 @@ async def test_grpc_works_as_written(tmp_path: Path) -> None:
     finally:
         await served["server"].stop(0)
         served["mesh"].close()
+
+
+# ---------------------------------------------------------------- balance, admit, retry
+
+
+@contextlib.contextmanager
+def storefront(folder: Path, ports: dict[str, int]) -> Iterator[meshlib.Mesh]:
+    """A mesh with the README's policies, in which these ports stand for those that are written; the others lead nowhere."""
+    text = re.sub(r"(?<=127\.0\.0\.1:)\d+", lambda found: str(ports.get(found[0]) or free_port()), block("policies.yaml"))
+    file = folder / "mesh.yaml"
+    file.write_text(text)
+    mesh = meshlib.Mesh.load(file, service="storefront")
+    try:
+        yield mesh
+    finally:
+        mesh.close()
+
+
+async def test_a_guard_works_as_written(tmp_path: Path) -> None:
+    """It repeats what is idempotent and raises the own exception; then the breaker is open, and the last good answer stands in."""
+    words: list[Any] = [ConnectionError(), 5, *[ConnectionError("no ledger")] * 3]
+
+    async def credit(account: str) -> int:
+        word = words.pop(0)
+        if isinstance(word, Exception):
+            raise word
+        return int(word)
+
+    with storefront(tmp_path, {}) as mesh:
+        space: dict[str, Any] = {"mesh": mesh, "meshlib": meshlib, "ledger": SimpleNamespace(credit=credit)}
+        exec(block("guard"), space)
+        assert await space["credit"]("alice") == 5
+        with pytest.raises(ConnectionError, match="no ledger") as caught:
+            await space["credit"]("bob")
+        assert words == []
+        assert await space["credit"]("alice") == 5
+        assert dict(mesh.fallbacks) == {("guard:ledger", "last_good"): 1}
+        with pytest.raises(pybreaker.CircuitBreakerError) as refused:
+            await space["credit"]("carol")
+    assert isinstance(refused.value, meshlib.CircuitOpen)
+    story = meshlib.call_of(caught.value)
+    assert story is not None
+    assert "failed after 3 calls" in story.explain()
+
+
+async def test_calls_get_what_they_ask_for(tmp_path: Path) -> None:
+    """A POST that is declared idempotent is repeated, labels choose the endpoint, and a fallback stands in. Redis is away all the while."""
+    posts = 0
+
+    async def answer(server: Scripted, request: Request) -> bytes:
+        nonlocal posts
+        posts += request.method == "POST"
+        failed = request.method == "POST" and posts == 1
+        return b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n" if failed else ok(str(server.port).encode())
+
+    async with scripted(answer) as first, scripted(answer) as second:
+        with storefront(tmp_path, {"8101": first.port, "8102": second.port}) as mesh:
+            # The real strategy, a hundredth as long.
+            quick = functools.partial(tenacity.wait_random_exponential, multiplier=0.01)
+            space = await run(
+                block("calls"),
+                mesh=mesh,
+                meshlib=meshlib,
+                wait_random_exponential=quick,
+                stop_after_delay=tenacity.stop_after_delay,
+            )
+    assert (space["posted"].status_code, posts) == (200, 2)
+    assert space["item"].text == str(first.port)
+    assert space["cart"].json() == {"items": []}
+    assert space["cart"].extensions["meshlib.fallback"] == "value"
 
 
 # ---------------------------------------------------------------- the ladder
@@ -285,11 +372,18 @@ def test_dev_needs_no_certificates(tmp_path: Path) -> None:
 
 
 def test_every_configuration_passes_vet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The one of the example, and at each rung of the ladder."""
+    """The one of the example at each rung of the ladder, and the one with policies, in which nothing is without effect."""
     for rung in rungs():
         shop = Shop(tmp_path, rung)
         assert cli.main(["vet", str(shop.folder / "mesh.yaml")]) == 0, capsys.readouterr().out
-    assert [each.title for each in BLOCKS if each.language == "yaml"] == ["mesh.yaml", "broken.yaml"]
+    file = tmp_path / "policies.yaml"
+    file.write_text(block("policies.yaml"))
+    capsys.readouterr()
+    assert cli.main(["vet", str(file)]) == 0
+    told = capsys.readouterr()
+    warnings = [line for line in (told.out + told.err).splitlines() if line.startswith("warning")]
+    assert [line for line in warnings if "secure.mode: observe" not in line] == []
+    assert [each.title for each in BLOCKS if each.language == "yaml"] == ["mesh.yaml", "broken.yaml", "policies.yaml"]
 
 
 def test_vet_tells_the_mistakes_that_the_readme_shows(

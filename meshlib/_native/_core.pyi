@@ -27,6 +27,10 @@ __all__ = [
     "EVENT_RESET",
     "EVENT_RESPONSE",
     "EVENT_WRITABLE",
+    "EXTRA_HEDGE",
+    "EXTRA_PER_TRY",
+    "EXTRA_REPORT",
+    "EXTRA_SESSION",
     "OUTCOME_CANCELLED",
     "OUTCOME_IDENTITY",
     "OUTCOME_PROTOCOL",
@@ -62,6 +66,10 @@ DELIVER: int
 RETRY: int
 # Both of a step and of a judgement: another attempt is under way.
 AWAIT: int
+EXTRA_HEDGE: int
+EXTRA_SESSION: int
+EXTRA_PER_TRY: int
+EXTRA_REPORT: int
 
 # What became of an attempt, as the driver saw it. One list for Rust and Python (core/src/model.rs, `Outcome`).
 OUTCOME_RESPONSE: int
@@ -85,6 +93,7 @@ class Engine:
         self, service: str, version: int, endpoints: Sequence[tuple[str, float, str, Mapping[str, str], str]], now: float
     ) -> None: ...
     def service_of(self, authority: str) -> str | None: ...
+    def route_of(self, authority: str, method: str, path: str, headers: _Headers) -> tuple[str, str] | None: ...
     def begin(
         self,
         authority: str,
@@ -100,8 +109,33 @@ class Engine:
         retries: int | None = None,
         hedge: float | None = None,
         zone: str | None = None,
+        key: str | None = None,
+        peer: str | None = None,
+        standby: bool = False,
+        labels: Mapping[str, str] | None = None,
     ) -> Call: ...
+    def guard(
+        self,
+        name: str,
+        now: float,
+        deadline: float | None = None,
+        idempotent: bool = False,
+        retries: int | None = None,
+        timeout: float | None = None,
+        peer: str | None = None,
+    ) -> tuple[Call, int, float]:
+        """`begin` and `next` for a function: the call, its token and its end.
+
+        A token of 2**32 - 1: the call waits for a permit, and goes on with `next`.
+        """
+    def check(self, service: str, address: str, is_healthy: bool, now: float) -> bool: ...
+    def tend(self, now: float) -> None: ...
+    def calls(self, service: str) -> int: ...
     def isolate(self, service: str, address: str, isolated: bool, now: float) -> bool: ...
+    def hold(self) -> None:
+        """Before a fork: wait for the change that is under way, and let none begin."""
+    def release(self) -> None:
+        """After a fork, on both sides."""
     def reseed(self, seed: int) -> None: ...
     def stats(self, now: float) -> list[dict[str, Any]]: ...
 
@@ -121,16 +155,32 @@ class Call:
     @property
     def is_idempotent(self) -> bool: ...
     @property
+    def extras(self) -> int: ...  # EXTRA_* of what the driver has to do beyond the ordinary
+    @property
+    def per_try(self) -> float: ...  # seconds for one attempt; 0.0: as long as the call has
+    @property
+    def session(self) -> tuple[bytes, bytes] | None: ...  # the header that keeps the caller at its endpoint
+    def stop(self) -> None: ...
+    def wait(self, wait: float, now: float) -> None: ...
+    def report(self, token: int, value: bytes, now: float) -> None: ...
+    @property
+    def is_spent(self) -> bool: ...  # it failed with its retries used up
+    @property
     def attempt(self) -> int: ...
     @property
     def has_attempts_left(self) -> bool: ...
     def next(self, now: float) -> tuple[Any, ...]: ...  # (WAIT, seconds), (SEND, token, address, identity, is_http2) or (AWAIT,)
-    def hedge(self, now: float, can_overlap: bool = True) -> float | None:
+    def hedge(self, now: float, can_overlap: bool = True, is_streamed: bool = False) -> float | None:
         """Seconds until a second attempt goes out beside the one under way; 0.0: now, and `next` names it. None: there will be none."""
     def headers(self, given: _Headers, now: float, end: float, trace: _Headers | None, sample: float) -> _Headers:
         """The caller's headers with ours: deadline (unless `end` is ages away), attempt, and the trace (None: a new one)."""
     def head(self, token: int, outcome: int, status: int, now: float, retry_after: float = ..., is_whole: bool = False) -> int:
-        """`is_whole`: the body is here too, so that an answer that is delivered ends the call."""
+        """`retry_after`: seconds, -1.0 where nothing was said, -2.0 where it was said: never again.
+
+        `is_whole`: the body is here too, so that an answer that is delivered ends the call.
+        """
+    def good(self, token: int, now: float) -> None:
+        """`head` and `finish` of a function that returned."""
     def finish(self, token: int, outcome: int, now: float) -> None: ...
     def abandon(self, now: float) -> None: ...
     def record(self) -> dict[str, Any]: ...
@@ -161,6 +211,11 @@ class Entry:
     """One call on its way in. `status` is 0 when it may go on, otherwise the HTTP status of the refusal."""
     @property
     def status(self) -> int: ...
+    def spend(self) -> None: ...  # a call that the handler made has failed for good
+    @property
+    def is_spent(self) -> bool: ...
+    @property
+    def layer(self) -> int: ...  # in which attempt of a caller we run: 0 in the first
     @property
     def reason(self) -> str: ...
     @property

@@ -109,11 +109,11 @@ class Connection(asyncio.BufferedProtocol):
         reply = self._reply = self._carrier.loop.create_future()
         try:
             if attempt.terms is ORDINARY and (body is None or (type(body) is bytes and len(body) < LARGE)):
-                if attempt.end - attempt.now < NEAR:
-                    self._carrier.watch(self, attempt.end)
+                if attempt.head_end - attempt.now < NEAR:
+                    self._carrier.watch(self, attempt.head_end)
                 else:
                     # The sweep will see it.
-                    self.end = attempt.end
+                    self.end = attempt.head_end
                     self._carrier.wind()
                 out = self.wire.send(attempt.method, attempt.target, attempt.headers, body, False)
                 if out:
@@ -135,10 +135,10 @@ class Connection(asyncio.BufferedProtocol):
         """Send a request that has terms of its own, or a body that is more than one write."""
         terms, now = attempt.terms, self._carrier.loop.time()
         # What the route gives for the head counts from the end of the upload.
-        patience = attempt.end - now if terms.read is None else terms.read
+        patience = attempt.head_end - now if terms.read is None else terms.read
         self.limit = attempt.end if terms.is_explicit else attempt.hard_end
         if body is None or (isinstance(body, bytes) and len(body) < LARGE):
-            self._carrier.watch(self, min(attempt.end, now + patience))
+            self._carrier.watch(self, min(attempt.head_end, now + patience))
             self._put(self.wire.send(attempt.method, attempt.target, attempt.headers, body, False))
             return
         self._phase = WRITE_TIMEOUT

@@ -85,16 +85,16 @@ def failure_of(code: grpc.StatusCode, details: str | None, trailing: Any = None)
     return grpc.aio.AioRpcError(code, empty, empty if trailing is None else trailing, details, None)
 
 
-def pushback(metadata: Iterable[Any] | None) -> tuple[float, bool]:
-    """What a server asks of retries (`grpc-retry-pushback-ms`): the seconds to wait, -1.0 for no wish, and whether one may come.
+def pushback(metadata: Iterable[Any] | None) -> float:
+    """What a server asks of retries (`grpc-retry-pushback-ms`): the seconds to wait, -1.0 for no wish, -2.0 for none at all.
 
     A negative or unreadable value forbids retries (gRFC A6).
     """
     for key, value in metadata or ():
         if key == "grpc-retry-pushback-ms":
             text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
-            return (int(text) / 1000, True) if text.isascii() and text.isdecimal() and len(text) <= 9 else (-1.0, False)
-    return -1.0, True
+            return int(text) / 1000 if text.isascii() and text.isdecimal() and len(text) <= 9 else -2.0
+    return -1.0
 
 
 def rpc_error(error: errors.MeshError) -> grpc.aio.AioRpcError:

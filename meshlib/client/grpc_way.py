@@ -22,7 +22,7 @@ import grpc.aio
 
 from meshlib import errors
 from meshlib._native import core
-from meshlib.call import HEADER_ATTEMPT, HEADER_DEADLINE, Call, current_deadline, current_layer
+from meshlib.call import HEADER_ATTEMPT, HEADER_DEADLINE, Call, current_deadline, current_layer, current_peer
 
 from .grpc_links import Link, Links
 from .grpc_status import OK, failure_of, judge, judge_end, pushback, rpc_error
@@ -114,10 +114,12 @@ class Course:
         if timeout is not None:
             asked = now + timeout if asked is None else min(asked, now + timeout)
         layer = current_layer.get()
+        peer = current_peer.get()
         try:
             native = way.outbound.engine.begin(
-                way.service, "POST", method, headers, now, asked, is_idempotent, is_replayable, layer
-            )
+                way.service, "POST", method, headers, now, asked, is_idempotent, is_replayable, layer,
+                peer=None if peer is None else peer.spiffe_id,
+            )  # fmt: skip
         except errors.MeshError as error:
             raise rpc_error(error) from error.__cause__
         self.native = native
@@ -186,12 +188,11 @@ class Course:
         self._end_span(status, error)
         error.call = self.call
         if self._token is not None:
-            after, may_repeat = pushback(error.trailing_metadata())
+            after = pushback(error.trailing_metadata())
             if self.native.head(self._token, outcome, status, now, after) == core.RETRY:
-                if may_repeat:
-                    self._give_link()
-                    return True
-            elif outcome == core.OUTCOME_RESPONSE:
+                self._give_link()
+                return True
+            if outcome == core.OUTCOME_RESPONSE:
                 self.native.finish(self._token, outcome, now)
         self.give_up()
         return False

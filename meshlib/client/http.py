@@ -26,6 +26,7 @@ from .egress import NETWORK, Egress, check_egress, leave
 from .faults import too_coded
 from .intercept import core_of, interception
 from .loop import LoopCarriers
+from .stand_in import policy_of, stand_ins
 from .terms import Unset, terms_of
 from .thread import ThreadCarrier
 from .twins import UNWRITABLE, twins
@@ -68,6 +69,7 @@ def _make(httpx: ModuleType) -> SimpleNamespace:
     translate = twins(httpx)
     intercepted = interception(httpx)
     stream_of = streams(core_of(httpx)).stream_of
+    fallen = stand_ins(httpx)
 
     def body_of(request: Any) -> Any:
         """Bytes where the body is known, so that it can be sent again; otherwise what it comes from."""
@@ -198,9 +200,17 @@ def _make(httpx: ModuleType) -> SimpleNamespace:
 
         async def _deliver(self, request: Any) -> Any:
             host = request.url.raw_host.decode("ascii")
-            if self._way.engine.service_of(host) is None:
+            service = self._way.engine.service_of(host)
+            if service is None:
                 settled(self._way, host, request)
                 return await self._outside.transport_for(request.url).handle_async_request(request)
+            policy = policy_of(request)
+            if policy is not None:
+                return await fallen.fetch_async(self._way, service, policy, request, self._send)
+            return await self._send(request)
+
+        async def _send(self, request: Any) -> Any:
+            host = request.url.raw_host.decode("ascii")
             trace = request.extensions.get("trace")
             if trace is not None:
                 await trace("http11.send_request_headers.started", {"request": request})
@@ -250,9 +260,17 @@ def _make(httpx: ModuleType) -> SimpleNamespace:
 
         def _deliver(self, request: Any) -> Any:
             host = request.url.raw_host.decode("ascii")
-            if self._way.engine.service_of(host) is None:
+            service = self._way.engine.service_of(host)
+            if service is None:
                 settled(self._way, host, request)
                 return self._outside.transport_for(request.url).handle_request(request)
+            policy = policy_of(request)
+            if policy is not None:
+                return fallen.fetch(self._way, service, policy, request, self._send)
+            return self._send(request)
+
+        def _send(self, request: Any) -> Any:
+            host = request.url.raw_host.decode("ascii")
             trace = request.extensions.get("trace")
             if trace is not None:
                 trace("http11.send_request_headers.started", {"request": request})

@@ -72,7 +72,7 @@ class Exchange:
         try:
             if body is None or (isinstance(body, bytes) and len(body) < LARGE):
                 self._stream = connection.begin(self, body, False)
-                end = attempt.end
+                end = attempt.head_end
                 if attempt.terms is not ORDINARY:
                     now, terms = connection.time(), attempt.terms
                     self._limit = attempt.end if terms.is_explicit else attempt.hard_end
@@ -89,7 +89,7 @@ class Exchange:
         """Send a body that is more than one write."""
         terms, now = attempt.terms, self._connection.time()
         # What the route gives for the head counts from the end of the upload.
-        patience = attempt.end - now if terms.read is None else terms.read
+        patience = attempt.head_end - now if terms.read is None else terms.read
         self._limit = attempt.end if terms.is_explicit else attempt.hard_end
         self._stream = self._connection.begin(self, None, True)
         self._phase = WRITE_TIMEOUT

@@ -7,7 +7,7 @@ all of it. The times between two pieces of a body are the drivers' to keep; they
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from ..call import NO_POLICY, CallPolicy
 LARGE = 1024 * 1024
 # Seconds that stand for no end at all, within every clock's range.
 FOREVER = 3e9
+# Retries of a call whose own `stop` says when it is enough; the budget and the deadline hold all the same.
+MOST_RETRIES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Terms:
 
     `is_explicit`: the caller gave httpx timeouts, and they win over the route's deadline. `is_stream`: the route's deadline ends with
     the answer's head. `is_private`: the URL promises TLS. `timeout` and
-    `retries` stand in for the route's. `hedge` and `zone` are the call's own, as in `CallPolicy`.
+    `retries` stand in for the route's. The rest is the call's own, as in `CallPolicy`.
     """
 
     connect: float | None = None
@@ -39,6 +41,15 @@ class Terms:
     retries: int | None = None
     hedge: float | None = None
     zone: str | None = None
+    key: str | None = None
+    labels: Mapping[str, str] | None = None
+    wait: Callable[[Any], float] | None = None
+    stop: Callable[[Any], bool] | None = None
+
+    @property
+    def most_retries(self) -> int | None:
+        """Retries in place of the route's: as many as there may be where `stop` decides."""
+        return MOST_RETRIES if self.retries is None and self.stop is not None else self.retries
 
     @property
     def whole(self) -> float | None:
@@ -89,4 +100,8 @@ def terms_of(extensions: Mapping[str, Any], *, is_private: bool = False) -> Term
         retries=policy.retries,
         hedge=policy.hedge,
         zone=policy.zone,
+        key=policy.key,
+        labels=policy.labels,
+        wait=policy.wait,
+        stop=policy.stop,
     )

@@ -104,7 +104,7 @@ class Connection:
         body = attempt.body
         try:
             if attempt.terms is ORDINARY and (body is None or (type(body) is bytes and len(body) < LARGE)):
-                self.end = attempt.end
+                self.end = attempt.head_end
                 self._converse(self.wire.send(attempt.method, attempt.target, attempt.headers, body, False))
             else:
                 self._deliver(attempt, body)
@@ -132,10 +132,10 @@ class Connection:
         """Send a request that has terms of its own, or a body that is more than one write."""
         terms, now = attempt.terms, time.monotonic()
         # What the route gives for the head counts from the end of the upload.
-        patience = attempt.end - now if terms.read is None else terms.read
+        patience = attempt.head_end - now if terms.read is None else terms.read
         self.limit = attempt.end if terms.is_explicit else attempt.hard_end
         if body is None or (isinstance(body, bytes) and len(body) < LARGE):
-            self.end = min(attempt.end, now + patience)
+            self.end = min(attempt.head_end, now + patience)
             self._converse(self.wire.send(attempt.method, attempt.target, attempt.headers, body, False))
             return
         self._phase = WRITE_TIMEOUT
@@ -155,7 +155,6 @@ class Connection:
                 if not self._push(self.wire.send_body(whole[at : at + PIECE], at + PIECE >= len(body))):
                     return
             return
-        attempt.is_drawn = True
         for piece in body:
             if piece and not self._push(self.wire.send_body(piece, False)):
                 return

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from .replay import AsyncReplayed
 from .terms import LARGE
 
 if TYPE_CHECKING:
@@ -34,17 +35,23 @@ async def feed(attempt: Attempt, push: Push) -> None:
             if not await push(whole[at : at + PIECE], at + PIECE >= len(body)):
                 return
         return
-    attempt.is_drawn = True
     if hasattr(body, "__aiter__"):
         pieces = body.__aiter__()
+        is_wanted = False
         try:
             async for piece in pieces:
                 if not await push(piece, False):
                     return
+        except Exception:
+            # Another attempt may want what was taken, and the rest.
+            is_wanted = True
+            raise
         finally:
-            # A generator is not left to the garbage collector, which would finish it in some other task.
+            # Generators are not left to the garbage collector, which would finish them in some other task.
             if hasattr(pieces, "aclose"):
                 await pieces.aclose()
+            if not is_wanted and isinstance(body, AsyncReplayed):
+                await body.close()
     else:
         for piece in body:
             if not await push(piece, False):

@@ -17,13 +17,16 @@ from weakref import WeakSet
 
 from .. import errors
 from .._native import core
-from ..call import Call, current_deadline, current_layer
+from ..call import HEADER_NO_RETRY, Call, current_deadline, current_entry, current_layer, current_peer
 from .faults import CONNECT_TIMEOUT, IDLE_TIMEOUT, UNSENT, WRITE_TIMEOUT, outcome_of
 from .pool import Ledger
 from .terms import FOREVER, LARGE, ORDINARY, Terms
 
 if TYPE_CHECKING:
+    from ..admit.limiter import RateGuard
+    from .patience import Patience
     from .race import Race
+    from .replay import AsyncReplayed, Replayed
 
 T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
@@ -31,13 +34,15 @@ Body = bytes | Iterable[bytes] | AsyncIterable[bytes] | None
 
 # Bytes of an answer that are awaited before it counts as come, if it could be asked for again: as much as is replayed upward.
 SHORT = 64 * 1024
+NO_RETRY = HEADER_NO_RETRY.encode()
 
 
 class Attempt:
     """One attempt as a carrier gets it: where to, as whom, and how long at most.
 
-    Times are monotonic seconds. `end` is the end of the call, at least of its head; `hard_end` the application's own, which holds for
-    streams too. `native` is the engine's call, and knows the rest. None of it is needed by a carrier in a test.
+    Times are monotonic seconds. `end` is the end of the call, at least of its head; `head_end` the one of this attempt's head, which
+    may be earlier; `hard_end` the application's own, which holds for streams too. `native` is the engine's call, and knows the rest.
+    None of it is needed by a carrier in a test.
     """
 
     __slots__ = (
@@ -45,9 +50,9 @@ class Attempt:
         "body",
         "end",
         "hard_end",
+        "head_end",
         "headers",
         "identity",
-        "is_drawn",
         "is_fresh",
         "is_http2",
         "method",
@@ -75,6 +80,7 @@ class Attempt:
         hard_end: float = FOREVER,
         native: core.Call | None = None,
         is_http2: bool = False,
+        head_end: float | None = None,
     ) -> None:
         self.address = address
         self.identity = identity
@@ -85,6 +91,7 @@ class Attempt:
         self.body = body
         self.now = now
         self.end = end
+        self.head_end = end if head_end is None else head_end
         self.is_fresh = is_fresh
         self.terms = terms
         self.hard_end = hard_end
@@ -92,8 +99,6 @@ class Attempt:
         self.is_http2 = is_http2
         # Set by the carrier when a new connection came about with TLS: was a session resumed?
         self.resumed: bool | None = None
-        # Set by the carrier before it takes the first piece of a streamed body: there is no second time.
-        self.is_drawn = False
 
     @property
     def connect_end(self) -> float:
@@ -101,7 +106,7 @@ class Attempt:
         connect = self.terms.connect
         if connect is None:
             connect = FOREVER if self.terms.is_explicit or self.native is None else self.native.connect_timeout
-        return min(self.end, self.now + connect)
+        return min(self.head_end, self.now + connect)
 
     @property
     def stream_idle(self) -> float:
@@ -217,7 +222,7 @@ class StreamedAnswer(Answer):
 class OutboundWay:
     """The way out of one process: engine, identity and observer, in the order in which a call meets them."""
 
-    __slots__ = ("carriers", "clock", "egress", "engine", "identity", "ledger", "observer", "wake")
+    __slots__ = ("carriers", "clock", "egress", "engine", "identity", "is_by_peer", "ledger", "observer", "rates", "wake")
 
     def __init__(self, engine: core.Engine, identity: Any, observer: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self.engine = engine
@@ -226,6 +231,9 @@ class OutboundWay:
         self.clock = clock
         # What becomes of hosts that are no Service: "allow" or "deny".
         self.egress = "allow"
+        # Whether some service is balanced or limited by our own caller, and the rates that all processes share, if there are any.
+        self.is_by_peer = False
+        self.rates: RateGuard | None = None
         # What the connections of this mesh have counted, and the carriers that somebody has to sweep.
         self.ledger = Ledger()
         self.carriers: WeakSet[Any] = WeakSet()
@@ -256,20 +264,30 @@ class OutboundWay:
         path = target if "?" not in target else target.partition("?")[0]
         outer = current_deadline.get()
         is_whole = body is None or isinstance(body, bytes)
-        layer = current_layer.get()
-        begin = self.engine.begin
-        race: Race | None = None
-        if terms is ORDINARY:
-            native = begin(authority, method, path, headers, now, outer, None, is_whole, layer)
-        else:
-            native = begin(
-                authority, method, path, headers, now, outer, terms.idempotent, is_whole, layer,
-                terms.whole, terms.retries, terms.hedge, terms.zone,
-            )  # fmt: skip
-            if terms.hedge is not None and native.hedge(now, carrier.can_overlap) is not None:
-                from .race import Race
+        replay: Replayed | AsyncReplayed | None = None
+        if not is_whole:
+            from .replay import replayed
 
-                race = Race(carrier, native, clock)
+            body = replay = replayed(body, is_blocking=not carrier.can_overlap)  # type: ignore[arg-type]
+        layer = current_layer.get()
+        reply: Reply | None = None
+        race: Race | None = None
+        patience: Patience | None = None
+        if terms is ORDINARY and self.rates is None and not self.is_by_peer:
+            native = self.engine.begin(authority, method, path, headers, now, outer, None, True, layer)
+        else:
+            native = await self._begin(carrier, authority, method, path, headers, outer, layer, terms)
+            # A store of rates may have taken its time, which is no endpoint's.
+            now = clock()
+            if terms.wait is not None or terms.stop is not None:
+                from .patience import Patience
+
+                patience = Patience(terms, now)
+        extras = native.extras
+        if extras & core.EXTRA_HEDGE and native.hedge(now, carrier.can_overlap, not is_whole) is not None:
+            from .race import Race
+
+            race = Race(carrier, native, clock)
         end = native.deadline
         hard_end = FOREVER if outer is None else outer
         # Of a stream, either way, only the application's own end is told: the route's ends with the head.
@@ -307,9 +325,10 @@ class OutboundWay:
                         # Without a span the trace that this call is part of is passed on, or a new one begun.
                         trace = span.headers if span is not None else observer.carried(is_recording)
                         sent = native.headers(headers, now, told, trace, observer.sample)
+                    head_end = min(end, now + native.per_try) if extras & core.EXTRA_PER_TRY else end
                     attempt = Attempt(
-                        address, identity, tls, method, target, sent, body, now, end, is_fresh, terms, hard_end, native, is_http2
-                    )
+                        address, identity, tls, method, target, sent, body, now, end, is_fresh, terms, hard_end, native, is_http2, head_end
+                    )  # fmt: skip
                 elif step[0] == core.WAIT:
                     await carrier.sleep(min(step[1], max(end - now, 0.0)))
                     now = clock()
@@ -347,13 +366,20 @@ class OutboundWay:
                     elif error.reason == CONNECT_TIMEOUT and terms.connect is not None and terms.connect < native.connect_timeout:
                         # Nor does a caller with less patience than the configuration has.
                         outcome = core.OUTCOME_CANCELLED
-                    elif attempt.is_drawn and outcome in UNSENT:
+                    elif replay is not None and replay.is_lost and outcome in UNSENT:
                         outcome = core.OUTCOME_RESET
-                    # A body that was begun can't be sent again, whatever the engine says.
-                    if native.head(token, outcome, 0, now) == core.DELIVER or attempt.is_drawn:
+                    if patience is not None and native.has_attempts_left and (native.is_idempotent or outcome in UNSENT):
+                        patience.ask(native, now, error)
+                    if is_lost := replay is not None and replay.is_lost:
+                        native.stop()
+                    judgement = native.head(token, outcome, 0, now)
+                    # What can't be sent again isn't, whatever the engine says.
+                    if judgement == core.DELIVER or is_lost:
                         if is_late:
                             raise _too_late(native) from error
                         raise
+                    if patience is not None and judgement == core.RETRY:
+                        patience.wait(native, now)
                     is_fresh = outcome in (core.OUTCOME_STALE, core.OUTCOME_UNWRITTEN)
                     continue
                 except BaseException as error:
@@ -365,25 +391,80 @@ class OutboundWay:
                 if span is not None:
                     span.end(status, None, attempt.resumed)
                 is_here = isinstance(reply[4], bytes)
-                after = _retry_after(reply[3]) if status in (429, 503) else -1.0
-                if native.head(token, core.OUTCOME_RESPONSE, status, now, after, is_here) == core.DELIVER:
+                after = _pushback(reply[3]) if status >= 500 or status == 429 else -1.0
+                if extras & core.EXTRA_REPORT:
+                    _report(native, token, reply[3], now)
+                if status >= 500 or status == 429:
+                    if patience is not None and native.has_attempts_left and native.is_idempotent:
+                        patience.ask(native, now, None, status)
+                    if replay is not None and replay.is_lost:
+                        native.stop()
+                judgement = native.head(token, core.OUTCOME_RESPONSE, status, now, after, is_here)
+                if judgement == core.DELIVER:
+                    if status >= 500 and native.is_spent:
+                        _spend()
+                    if extras & core.EXTRA_SESSION and (session := native.session) is not None:
+                        reply = (*reply[:3], [*reply[3], session], reply[4])
                     if is_here:
                         return Answer(native, method, target, reply)
                     return StreamedAnswer(native, method, target, reply, self, token, hard_end)
-                if not isinstance(reply[4], bytes):
-                    await reply[4].close()
+                if patience is not None and judgement == core.RETRY:
+                    patience.wait(native, now)
+                await _drop(reply)
+                reply = None
         except errors.MeshError as error:
             if error.call is None:
                 error.call = Call(native, method, target)
             native.abandon(clock())
+            if native.is_spent and not isinstance(error, errors.Refused):
+                _spend()
+            if replay is not None:
+                await replay.close()
             raise
         except BaseException:
-            # Cancelled, or a mistake in a body's iterator: every permit goes back before anybody else runs.
+            # Cancelled, or a mistake in a body's iterator or a strategy: every permit goes back before anybody else runs.
             native.abandon(clock())
+            await _drop(reply)
+            if replay is not None:
+                await replay.close()
             raise
         finally:
             if race is not None:
                 await race.stop()
+
+    async def _begin(
+        self,
+        carrier: Carrier,
+        authority: str,
+        method: str,
+        path: str,
+        headers: Headers,
+        outer: float | None,
+        layer: int,
+        terms: Terms,
+    ) -> core.Call:
+        """A call that asks for something of its own, or of which the engine has to know on whose behalf it is."""
+        peer = current_peer.get()
+        caller = peer.spiffe_id if peer is not None else None
+        is_standby = False
+        rates = self.rates
+        if rates is not None:
+            # Before the engine counts the call: what the store refuses was never begun here.
+            where = self.engine.route_of(authority, method, path, headers)
+            if where is not None and where[0] in rates:
+                end = FOREVER if outer is None else outer
+                is_standby = await rates.take(*where, caller, headers, end, is_blocking=not carrier.can_overlap)
+        return self.engine.begin(
+            authority, method, path, headers, self.clock(), outer, terms.idempotent, True, layer,
+            terms.whole, terms.most_retries, terms.hedge, terms.zone, terms.key, caller, is_standby, terms.labels,
+        )  # fmt: skip
+
+
+def _report(native: core.Call, token: int, headers: Headers, now: float) -> None:
+    """What the endpoint says of its load, if it says anything."""
+    for name, value in headers:
+        if name == b"endpoint-load-metrics":
+            native.report(token, value, now)
 
 
 async def _whole(reply: Reply) -> Reply:
@@ -410,12 +491,28 @@ def _too_late(native: core.Call) -> errors.DeadlineExceeded:
     )
 
 
-def _retry_after(headers: Headers) -> float:
-    """Seconds of a Retry-After header; its date form is not worth a clock's trust between machines."""
+def _pushback(headers: Headers) -> float:
+    """Seconds of a Retry-After header (its date form is not worth a clock's trust between machines), -2.0 for: never again."""
+    after = -1.0
     for name, value in headers:
         if name == b"retry-after" and value.isdigit() and len(value) < 7:
-            return float(value)
-    return -1.0
+            after = float(value)
+        elif name == NO_RETRY:
+            return -2.0
+    return after
+
+
+async def _drop(reply: Reply | None) -> None:
+    """An answer that nobody will read."""
+    if reply is not None and not isinstance(reply[4], bytes):
+        await reply[4].close()
+
+
+def _spend() -> None:
+    """What may be tried has been tried. If a handler made the call, whoever called the handler need not try that again."""
+    entry = current_entry.get()
+    if entry is not None:
+        entry.spend()
 
 
 def run(way: Coroutine[Any, Any, T]) -> T:

@@ -12,13 +12,17 @@ nothing.
 from __future__ import annotations
 
 from .load import examine, load, read_endpoints
-from .policy import Config, RoutePolicy, RulePolicy, ServicePolicy
+from .policy import CheckPolicy, Config, GuardPolicy, RatePart, RatePolicy, RoutePolicy, RulePolicy, ServicePolicy
 from .schema import json_schema
 from .values import DEV_TRUST_DOMAIN
 
 __all__ = [
     "DEV_TRUST_DOMAIN",
+    "CheckPolicy",
     "Config",
+    "GuardPolicy",
+    "RatePart",
+    "RatePolicy",
     "RoutePolicy",
     "RulePolicy",
     "ServicePolicy",

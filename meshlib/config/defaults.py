@@ -67,7 +67,7 @@ _ROWS: Final = (
     Default("discover.weight", 1.0, "", 0, 1000, "",
             "all endpoints alike; 0 takes no traffic"),
     Default("discover.zone", "", "", None, None, "",
-            "one zone for all"),
+            "not known: such an endpoint is in nobody's zone"),
     # ------------------------------------------------------------------------------------------------ route
     Default("route.weight", 1, "", 0, 1_000_000, "Gateway API",
             "all backends alike; 0 takes no traffic"),
@@ -82,6 +82,19 @@ _ROWS: Final = (
             "an Idempotency-Key makes a POST safe only if the service honours it"),
     Default("retry.idempotent", False, "", None, None, "Envoy #2747",
             "only the service's author knows that a route may be called twice"),
+    Default("retry.on", ("connect", "refused_stream", "reset", "timeout", "protocol", "identity", "status"), "", None, None,
+            "Envoy's retry_on",
+            "every failure that may pass on another endpoint; what isn't safe to repeat is not repeated anyway"),
+    Default("retry.per_try", 0.0, "s", 0, 3600, "Envoy",
+            "off: an attempt may take what the deadline leaves; no other number is right for all services"),
+    Default("retry.hedge", False, "", None, None, "gRPC, Envoy",
+            "a second attempt beside a slow first one costs load: only you know where that is worth it"),
+    Default("retry.hedge_quantile", 0.95, "", 0.5, 0.999, "The Tail at Scale",
+            "slower than 19 of 20 of the service's own calls is slow"),
+    Default("retry.hedge_share", 0.02, "", 0, 1, "The Tail at Scale",
+            "2 % more load take most of the tail away; more would hide an overload and add to it"),
+    Default("retry.hedge_least", 0.001, "s", 0, 60, "meshlib",
+            "below a millisecond a hedge costs more than it saves"),
     Default("retry.budget.ratio", 0.2, "", 0, 1, "Finagle",
             "retries add at most a fifth to the load, so that they never become the outage"),
     Default("retry.budget.per_second", 10.0, "retries/s", 0, 10_000, "Finagle",
@@ -99,9 +112,39 @@ _ROWS: Final = (
             "a failure counts as slow, or fast failures would draw the traffic"),
     Default("balance.panic", 0.5, "", 0, 1, "Envoy",
             "below this share of healthy endpoints all are used: the few left would drown"),
+    Default("balance.weights", "discover", "", None, None, "",
+            "what discover says; `orca` needs endpoints that report their load"),
+    Default("balance.orca.blackout", 10.0, "s", 0, 3600, "gRPC A58",
+            "the first reports of an endpoint that warms up say nothing"),
+    Default("balance.orca.expiry", 180.0, "s", 1, 86400, "gRPC A58",
+            "a report that is older says nothing"),
+    Default("balance.orca.error_penalty", 1.0, "", 0, 100, "gRPC A58",
+            "an endpoint that fails quickly looks idle: its errors count as load"),
+    Default("balance.slow_start", 10.0, "s", 0, 3600, "Envoy",
+            "a process that has just started is slow: it gets its share bit by bit; 0 gives it at once"),
+    Default("balance.slow_start_least", 0.1, "", 0.001, 1, "Envoy",
+            "with a tenth of its share an endpoint warms up, and few calls wait for it"),
+    Default("balance.hash_on", (), "", None, None, "",
+            "ring_hash and maglev need to be told what decides"),
+    Default("balance.hash_bound", 0.0, "", 0, 10, "Consistent hashing with bounded loads; Envoy",
+            "off: a key has one home; 1.25 sends it on when its home has a quarter more than the mean in flight"),
+    Default("balance.ring_size", 1024, "points", 1, 8_388_608, "Envoy",
+            "even shares for some dozens of endpoints; each point takes memory"),
+    Default("balance.table_size", 65537, "slots", 2, 5_000_011, "Maglev, Envoy",
+            "a prime, a hundred times the number of endpoints or more"),
+    Default("balance.locality", "zone_aware", "", None, None, "Envoy",
+            "calls stay in their zone as far as its endpoints can carry them; without zones it does nothing"),
+    Default("balance.zones", (), "", None, None, "",
+            "after the own zone, all others are alike"),
+    Default("balance.overprovisioning", 1.4, "", 1, 100, "Envoy",
+            "a zone keeps all its calls while 72 % of it are healthy"),
+    Default("balance.zone_aware_from", 6, "endpoints", 1, 100_000, "Envoy",
+            "with fewer endpoints one zone is easily overrun"),
     # ------------------------------------------------------------------------------------------------ admit
     Default("admit.in_flight", 1024, "calls", 1, 1_000_000, "Envoy",
-            "calls at once for each service and process; more is refused, not queued"),
+            "calls at once for each service and process; more is refused, or waits if `pending` says so"),
+    Default("admit.pending", 0, "calls", 0, 1_000_000, "meshlib",
+            "a queue turns an overload into latency: who can't be served is told at once"),
     Default("admit.connect", 1.0, "s", 0.01, 60, "Linkerd",
             "inside a data centre a connect takes a millisecond, or fails"),
     Default("admit.breaker.failures", 5, "failures", 1, 1000, "Envoy, Finagle",
@@ -116,6 +159,43 @@ _ROWS: Final = (
             "closed for 1 s, doubled with jitter up to 60 s, then one probe"),
     Default("admit.breaker.max_ejected", 0.5, "", 0, 1, "meshlib",
             "at most half, never the last: Envoy's 10 % protects nothing with 3 endpoints"),
+    Default("admit.breaker.slow", 0.0, "s", 0, 3600, "resilience4j",
+            "off: what is slow, only you know"),
+    Default("admit.breaker.slow_rate", 0.5, "", 0.01, 1, "resilience4j",
+            "half of the calls slow is no tail any more"),
+    Default("admit.adaptive", "off", "", None, None, "Netflix concurrency-limits, Envoy",
+            "a limit that moves by itself has to be watched first"),
+    Default("admit.adaptive_limits.initial", 20, "calls", 1, 1_000_000, "Netflix concurrency-limits",
+            "where it begins; it finds its level within seconds"),
+    Default("admit.adaptive_limits.least", 4, "calls", 1, 1_000_000, "meshlib",
+            "with fewer in flight nothing can be measured any more"),
+    Default("admit.adaptive_limits.most", 1000, "calls", 1, 1_000_000, "Netflix concurrency-limits",
+            "a limit that nothing tests must not grow for ever"),
+    Default("admit.throttle", 0.0, "", 0, 10, "Google SRE, chapter 21",
+            "off; 2 sends at most two calls for each one that is accepted, and refuses the rest here"),
+    Default("admit.throttle_window", 30.0, "s", 1, 600, "meshlib",
+            "long enough to know what is accepted, short enough to see that it is over; SRE takes 2 min"),
+    Default("admit.rate.per", 1.0, "s", 0.001, 86400, "",
+            "most limits are spoken of per second"),
+    Default("admit.rate.by", ("service",), "", None, None, "",
+            "one limit for all calls of the service"),
+    Default("admit.rate.store", "local", "", None, None, "",
+            "each process counts for itself: nothing to run, nothing to fail"),
+    Default("admit.rate.on_failure", "local", "", None, None, "Envoy, which lets all through",
+            "without its store a limit still holds in each process"),
+    Default("admit.check.path", "/healthz", "", None, None, "Kubernetes",
+            "what most services answer to"),
+    Default("admit.check.every", 10.0, "s", 0.1, 3600, "Kubernetes",
+            "every process asks every endpoint: it must not become the load"),
+    Default("admit.check.timeout", 1.0, "s", 0.01, 600, "Kubernetes",
+            "an endpoint that can't say that it is well isn't"),
+    Default("admit.check.failures", 3, "failures", 1, 1000, "Kubernetes",
+            "in a row: one lost packet is no illness"),
+    Default("admit.check.successes", 2, "successes", 1, 1000, "Envoy",
+            "in a row: one good answer may be luck"),
+    # ------------------------------------------------------------------------------------------------ stores
+    Default("stores.timeout", 0.05, "s", 0.001, 10, "meshlib",
+            "every call waits for it, so the store is near, or does not count"),
 )
 # fmt: on
 
@@ -125,7 +205,8 @@ TABLE: Final[dict[str, Default]] = {row.name: row for row in _ROWS}
 def setting(name: str) -> Any:
     """The pydantic field of a row: default, range and reason. For a list, `values.span` checks the range."""
     row = TABLE[name]
-    return Field(default=row.value, **_limits(row), json_schema_extra=_extra(row))
+    is_list = isinstance(row.value, tuple)  # its words become what the field holds
+    return Field(default=row.value, validate_default=is_list or None, **_limits(row), json_schema_extra=_extra(row))
 
 
 def override(name: str, whose: str) -> Any:
@@ -156,8 +237,11 @@ def _extra(row: Default) -> dict[str, Any]:
     if row.unit == "s":
         item = {"anyOf": [{"type": "number", **item}, {"type": "string", "pattern": f"^{DURATION}$"}]}
     if isinstance(row.value, tuple):
-        # A pair of durations, or a list of any length.
-        extra.update({"prefixItems": [item, item]} if row.unit == "s" else {"items": {"type": "integer", **item}})
+        # A pair of durations, or a list of any length; of words pydantic knows all there is.
+        if row.unit == "s":
+            extra["prefixItems"] = [item, item]
+        elif row.least is not None:
+            extra["items"] = {"type": "integer", **item}
     elif row.unit == "s":
         extra.update(item)
     return extra

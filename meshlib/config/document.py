@@ -11,15 +11,18 @@ word from a number: strictness costs a pair of quotes, and saves the version "1.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .defaults import override, setting
 from .values import (
     Caller,
+    CheckPath,
+    CookieName,
     DnsAddress,
     EndpointAddress,
+    GuardName,
     HeaderName,
     Label,
     ListenAddress,
@@ -27,6 +30,7 @@ from .values import (
     Name,
     Namespace,
     Pair,
+    Prime,
     RoutePath,
     RulePath,
     Seconds,
@@ -34,16 +38,33 @@ from .values import (
     Template,
     Title,
     TrustDomain,
+    Variable,
+    Zone,
+    near,
+    off,
+    off_or,
+    refuse,
     span,
 )
 
 Mode = Literal["observe", "permissive", "enforce"]
+Condition = Literal["connect", "refused_stream", "reset", "timeout", "protocol", "identity", "status"]
 
 
 class Section(BaseModel):
     """A mapping of the file: frozen, strict, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Choice(Section):
+    """A mapping with exactly one key: which of several is meant. An override replaces it as a whole."""
+
+    @property
+    def part(self) -> tuple[str, str]:
+        """The key and its word; "" where the key says it all."""
+        name, value = next((name, value) for name, value in self if value is not None)
+        return name, value if isinstance(value, str) else ""
 
 
 # ---------------------------------------------------------------- retry, balance, admit: for all or for a service
@@ -56,6 +77,12 @@ class RetryRules(Section):
     backoff: Annotated[Pair, span("retry.backoff")] = setting("retry.backoff")
     statuses: Annotated[tuple[int, ...], span("retry.statuses")] = setting("retry.statuses")
     idempotency_key: bool = setting("retry.idempotency_key")
+    on: Annotated[tuple[Condition, ...], Field(min_length=1)] = setting("retry.on")
+    per_try: Seconds = setting("retry.per_try")
+    hedge: bool = setting("retry.hedge")
+    hedge_quantile: float = setting("retry.hedge_quantile")
+    hedge_share: float = setting("retry.hedge_share")
+    hedge_least: Seconds = setting("retry.hedge_least")
 
 
 class RouteRetry(RetryRules):
@@ -78,14 +105,54 @@ class Retry(RetryRules):
     budget: Budget = Field(default_factory=Budget, description="What retries may add to the load of a service.")
 
 
+class Orca(Section):
+    """How far the reports of endpoints on their own load are believed."""
+
+    blackout: Seconds = setting("balance.orca.blackout")
+    expiry: Seconds = setting("balance.orca.expiry")
+    error_penalty: float = setting("balance.orca.error_penalty")
+
+
+class HashPart(Choice):
+    """A part of a call that decides where it goes."""
+
+    header: HeaderName | None = Field(default=None, description="The value of a request header.")
+    cookie: CookieName | None = Field(default=None, description="The value of a cookie.")
+    path: Variable | None = Field(default=None, description="A variable of the route's template: id for /items/{id}.")
+    peer: Literal[True] | None = Field(default=None, description="On whose behalf the call is made.")
+
+
+class Sticky(Choice):
+    """What a client brings back, so that it comes to the same endpoint again."""
+
+    cookie: CookieName | None = Field(default=None, description="A cookie, set with the answer.")
+    header: HeaderName | None = Field(default=None, description="A header of the answer, which the client sends again.")
+
+
+StickyOrOff = Annotated[Sticky | None, BeforeValidator(off, json_schema_input_type=Sticky | Literal["off"])]
+
+
 class Balance(Section):
     """Which endpoint takes a call."""
 
-    policy: Literal["peak_ewma", "round_robin"] = setting("balance.policy")
+    policy: Literal["peak_ewma", "least_request", "round_robin", "random", "ring_hash", "maglev"] = setting("balance.policy")
     decay: Seconds = setting("balance.decay")
     start: Seconds = setting("balance.start")
     penalty: Seconds = setting("balance.penalty")
     panic: float = setting("balance.panic")
+    weights: Literal["discover", "orca"] = setting("balance.weights")
+    orca: Orca = Field(default_factory=Orca, description="How far the reports of endpoints are believed.")
+    slow_start: Seconds = setting("balance.slow_start")
+    slow_start_least: float = setting("balance.slow_start_least")
+    hash_on: tuple[HashPart, ...] = setting("balance.hash_on")
+    hash_bound: Annotated[float, off_or("balance.hash_bound", 1.05)] = setting("balance.hash_bound")
+    ring_size: int = setting("balance.ring_size")
+    table_size: Prime = setting("balance.table_size")
+    sticky: StickyOrOff = Field(default=None, description="Clients come back to their endpoint. Default: off.")
+    locality: Literal["off", "failover", "zone_aware"] = setting("balance.locality")
+    zones: tuple[Zone, ...] = setting("balance.zones")
+    overprovisioning: float = setting("balance.overprovisioning")
+    zone_aware_from: int = setting("balance.zone_aware_from")
 
 
 class Breaker(Section):
@@ -97,14 +164,124 @@ class Breaker(Section):
     minimum_calls: int = setting("admit.breaker.minimum_calls")
     open: Annotated[Pair, span("admit.breaker.open")] = setting("admit.breaker.open")
     max_ejected: float = setting("admit.breaker.max_ejected")
+    slow: Seconds = setting("admit.breaker.slow")
+    slow_rate: float = setting("admit.breaker.slow_rate")
 
 
-class Admit(Section):
-    """How many calls may be under way, and to which endpoints none may go."""
+class AdaptiveLimits(Section):
+    """Between which bounds a limit moves that follows the latency."""
+
+    initial: int = setting("admit.adaptive_limits.initial")
+    least: int = setting("admit.adaptive_limits.least")
+    most: int = setting("admit.adaptive_limits.most")
+
+
+COUNTED_BY: Final = ("service", "route", "peer")
+
+
+def _from_word(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in COUNTED_BY:
+        refuse(f"{value!r} is not allowed", f"{near(value, COUNTED_BY)}{', '.join(COUNTED_BY)}, or {{header: x-tenant}}")
+    return {value: True}
+
+
+class RatePart(Choice):
+    """What of a call a limit is counted by."""
+
+    service: Literal[True] | None = Field(default=None, description="All calls of the service together.")
+    route: Literal[True] | None = Field(default=None, description="Each route for itself.")
+    peer: Literal[True] | None = Field(default=None, description="Each one on whose behalf calls are made.")
+    header: HeaderName | None = Field(default=None, description="Each value of a request header.")
+
+
+CountedBy = Annotated[
+    RatePart,
+    BeforeValidator(_from_word, json_schema_input_type=RatePart | Literal["service", "route", "peer"]),
+]
+
+
+class Rate(Section):
+    """So many calls in a time, and what is counted together."""
+
+    name: Title | None = Field(default=None, description='In logs and refusals. Default: "<service>/rate/<index>".')
+    calls: int = Field(ge=1, le=1_000_000_000, description="Calls in each `per`: 1 to 1000000000. No default.")
+    per: Seconds = setting("admit.rate.per")
+    burst: int | None = Field(default=None, ge=1, le=1_000_000_000, description="Calls at once: 1 to 1000000000. Default: calls.")
+    by: Annotated[tuple[CountedBy, ...], Field(min_length=1)] = setting("admit.rate.by")
+    store: Name = setting("admit.rate.store")
+    on_failure: Literal["local", "open", "closed"] = setting("admit.rate.on_failure")
+
+
+class Check(Section):
+    """How endpoints are asked whether they are well."""
+
+    kind: Literal["http", "grpc", "tcp"] | None = Field(
+        default=None, description="Default: grpc for services of protocol grpc, else http."
+    )
+    path: CheckPath = setting("admit.check.path")
+    every: Seconds = setting("admit.check.every")
+    timeout: Seconds = setting("admit.check.timeout")
+    failures: int = setting("admit.check.failures")
+    successes: int = setting("admit.check.successes")
+
+
+CheckOrOff = Annotated[Check | None, BeforeValidator(off, json_schema_input_type=Check | Literal["off"])]
+
+
+class AdmitRules(Section):
+    """How many calls may be under way: to a service, or of a guarded function."""
 
     in_flight: int = setting("admit.in_flight")
-    connect: Seconds = setting("admit.connect")
+    pending: int = setting("admit.pending")
     breaker: Breaker = Field(default_factory=Breaker, description="When an endpoint is ejected, and for how long.")
+    adaptive: Literal["off", "gradient"] = setting("admit.adaptive")
+    adaptive_limits: AdaptiveLimits = Field(default_factory=AdaptiveLimits, description="Its bounds.")
+    throttle: Annotated[float, off_or("admit.throttle", 1.1)] = setting("admit.throttle")
+    throttle_window: Seconds = setting("admit.throttle_window")
+    rate: tuple[Rate, ...] = Field(default=(), description="Limits in calls per time. All of them count.")
+
+
+class Admit(AdmitRules):
+    """How many calls may be under way, and to which endpoints none may go."""
+
+    connect: Seconds = setting("admit.connect")
+    check: CheckOrOff = Field(default=None, description="Endpoints are asked whether they are well. Default: off.")
+
+
+# ---------------------------------------------------------------- guards: functions instead of services
+
+
+class GuardRetry(Section):
+    """When a guarded function is called again: only if it is idempotent."""
+
+    attempts: int = setting("retry.attempts")
+    backoff: Annotated[Pair, span("retry.backoff")] = setting("retry.backoff")
+    idempotent: bool = setting("retry.idempotent")
+    per_try: Seconds = setting("retry.per_try")
+    budget: Budget = Field(default_factory=Budget, description="What retries may add to the calls of this function.")
+
+
+class Guard(Section):
+    """What `@mesh.guard("<name>")` goes by, over the system's."""
+
+    retry: GuardRetry | None = Field(default=None, description="Over the system's.")
+    admit: AdmitRules | None = Field(default=None, description="Over the system's.")
+    deadline: Seconds | None = override("deadline", "system")
+
+
+class Store(Section):
+    """A store of limits that processes share. Other keys than these are passed on to it as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    url: str | None = Field(default=None, min_length=1, repr=False, description="Where it is: redis://host:6379/0")
+    timeout: Seconds = setting("stores.timeout")
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        """Nothing: a URL may hold a password, and so may what this file doesn't know."""
+        return []
 
 
 # ---------------------------------------------------------------- secure
@@ -265,4 +442,6 @@ class Document(Section):
     retry: Retry = Field(default_factory=Retry)
     balance: Balance = Field(default_factory=Balance)
     admit: Admit = Field(default_factory=Admit)
+    guards: dict[GuardName, Guard] = Field(default_factory=dict, description="Guarded functions, by the name in the code.")
+    stores: dict[Name, Store] = Field(default_factory=dict, description="Stores of limits, by the name of their plugin.")
     services: dict[Name, Service] = Field(min_length=1, description="By the name that callers use as host: http://orders/…")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,10 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 from meshlib.errors import ConfigError, Problem
 
 from . import problems, vet, warn
-from .document import Document, Endpoint, EndpointSettings, IdentityFolder
-from .policy import Config, Names, ServicePolicy, resolve
+from .document import Document, Endpoint, EndpointSettings, IdentityFolder, Store
+from .policy import Config, GuardPolicy, Names, ServicePolicy, resolve, resolve_guards
 from .text import Text, parse
-from .values import near, some
+from .values import Zone, near, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +31,25 @@ class Examined:
     """A file without mistakes, before it is known which service this process is."""
 
     file: Path
-    text: Text
+    text: Text = field(repr=False)  # what stands under `stores` may be secret
     source: str
     document: Document
     names: Names
     services: dict[str, ServicePolicy]
+    guards: dict[str, GuardPolicy]
     dev_folder: Path | None
     warnings: tuple[Problem, ...]
 
 
-def load(source: str | os.PathLike[str] | None = None, *, service: str | None = None) -> Config:
+def load(source: str | os.PathLike[str] | None = None, *, service: str | None = None, zone: str | None = None) -> Config:
     """The configuration of this process.
 
     `source` is a file; without it $MESHLIB_CONFIG, then ./mesh.yaml. `service` says which service this process is;
-    without it $MESHLIB_SERVICE, then the only one there is. Raises ConfigError with all problems.
+    without it $MESHLIB_SERVICE, then the only one there is. `zone` says where it runs; without it $MESHLIB_ZONE, and
+    "" is nowhere in particular. Raises ConfigError with all problems.
     """
     examined = examine(source)
+    where = _zone(examined, zone)
     name = service or os.environ.get("MESHLIB_SERVICE") or None
     known = list(examined.services)
     if name is None and len(known) == 1:
@@ -75,6 +79,9 @@ def load(source: str | os.PathLike[str] | None = None, *, service: str | None = 
         identity_folder=folder,
         is_dev=examined.dev_folder is not None,
         source=examined.source,
+        zone=where,
+        guards=MappingProxyType(examined.guards),
+        stores=MappingProxyType({name: _settings(store) for name, store in document.stores.items()}),
         warnings=examined.warnings,
     )
 
@@ -100,6 +107,7 @@ def examine(source: str | os.PathLike[str] | None = None) -> Examined:
         raise ConfigError(sorted(text.problems, key=lambda problem: problem.line))
     names = Names(document, is_dev=dev is not None)
     services = resolve(document, names)
+    guards = resolve_guards(document)
     return Examined(
         file=file.absolute(),
         text=text,
@@ -107,9 +115,27 @@ def examine(source: str | os.PathLike[str] | None = None) -> Examined:
         document=document,
         names=names,
         services=services,
+        guards=guards,
         dev_folder=None if dev is None else Path(dev).absolute(),
-        warnings=tuple(warn.warnings(text, file.parent, services).problems),
+        warnings=tuple(warn.warnings(text, file.parent, services, guards).problems),
     )
+
+
+def _zone(examined: Examined, named: str | None) -> str:
+    """Where this process runs. Not in the file: it is shared by processes in all zones."""
+    zone = os.environ.get("MESHLIB_ZONE", "") if named is None else named
+    try:
+        return TypeAdapter(Zone).validate_python(zone) if zone else ""
+    except ValidationError as error:
+        context = error.errors()[0].get("ctx", {})
+        key = "MESHLIB_ZONE" if named is None else "zone"
+        problem = Problem(str(examined.file), 1, key, str(context.get("message")), str(context.get("hint")))
+    raise ConfigError([problem])
+
+
+def _settings(store: Store) -> Mapping[str, Any]:
+    """What a store's plugin gets: all keys that are written, and the time it has."""
+    return MappingProxyType({name: value for name, value in store if value is not None})
 
 
 def read_endpoints(source: str | os.PathLike[str]) -> tuple[EndpointSettings, ...]:

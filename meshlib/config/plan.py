@@ -11,18 +11,22 @@ Here, and only here, it is decided whether an edge is plain or mutual TLS: see `
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from . import document as doc
-from .policy import Config, RoutePolicy, RulePolicy, ServicePolicy
+from .defaults import TABLE
+from .levels import HASHING
+from .policy import Config, GuardPolicy, RatePolicy, RoutePolicy, RulePolicy, ServicePolicy, merge
 from .values import rule_path_kind
 
 Json = dict[str, Any]
 
 
 def client_plan(config: Config) -> bytes:
-    """The outbound plan."""
-    return _encode({"services": [_service(config, service) for service in config.services.values()]})
+    """The outbound plan. A guarded function is a service in it, and "guard:*" stands for all that the file doesn't name."""
+    services = [_service(config, service) for service in config.services.values()]
+    guards = [_guard(guard) for guard in config.guards.values()]
+    return _encode({"service": config.service, "zone": config.zone, "services": [*services, *guards]})
 
 
 def server_plan(config: Config) -> bytes:
@@ -42,39 +46,134 @@ def server_plan(config: Config) -> bytes:
 
 
 def _service(config: Config, service: ServicePolicy) -> Json:
-    breaker = service.admit.breaker
     return {
         "name": service.name,
         "hosts": [service.name],
         "protocol": service.protocol,
         "identity": service.identity if config.is_private(service.name) else "",
+        "is_guard": False,
         "routes": [_route(route) for route in service.routes],
-        "budget": {
-            "ratio": float(service.retry.budget.ratio),
-            "per_second": float(service.retry.budget.per_second),
-            "window": service.retry.budget.window,
+        "budget": _budget(service.retry.budget),
+        "balance": _balance(service.balance),
+        "admit": _admit(_queued(service), service.rates, connect=service.admit.connect),
+    }
+
+
+def _queued(service: ServicePolicy) -> doc.Admit:
+    """Calls of gRPC don't wait for a permit: their drivers have no place for it yet, so they are refused at once."""
+    return service.admit if service.protocol != "grpc" else service.admit.model_copy(update={"pending": 0})
+
+
+def _guard(guard: GuardPolicy) -> Json:
+    """A function as a service of one route, one backend and one endpoint."""
+    name = f"guard:{guard.name}"
+    balance = doc.Balance(slow_start=0.0, locality="off")
+    # All that fails is the one endpoint's failure, so its breaker must be free to open.
+    breaker = guard.admit.breaker.model_copy(update={"max_ejected": 1.0})
+    retry = merge(doc.RouteRetry(), guard.retry).model_copy(update={"statuses": _REPEATABLE})
+    match: Json = {"path": _path(None), "methods": [], "headers": []}
+    return {
+        "name": name,
+        "hosts": [name],
+        "protocol": "function",
+        "identity": "",
+        "is_guard": True,
+        "routes": [
+            {
+                "name": name,
+                "match": match,
+                "backends": [{"name": "all", "labels": {}, "weight": 1}],
+                "retry": _retry(retry),
+                "deadline": guard.deadline,
+                "stream_idle": guard.deadline,  # a function has no stream
+            }
+        ],
+        "budget": _budget(guard.retry.budget),
+        "balance": _balance(balance),
+        "admit": _admit(guard.admit.model_copy(update={"breaker": breaker}), guard.rates, connect=TABLE["admit.connect"].value),
+    }
+
+
+# What a guard reports for a failure that may be repeated.
+_REPEATABLE: Final = (503,)
+
+
+def _budget(budget: doc.Budget) -> Json:
+    return {"ratio": float(budget.ratio), "per_second": float(budget.per_second), "window": budget.window}
+
+
+def _balance(balance: doc.Balance) -> Json:
+    kind, name = ("none", "") if balance.sticky is None else balance.sticky.part
+    parts = dict.fromkeys(part.part for part in balance.hash_on)
+    return {
+        "policy": balance.policy,
+        "decay": balance.decay,
+        "start": balance.start,
+        "penalty": balance.penalty,
+        "panic": float(balance.panic),
+        "weights": balance.weights,
+        "orca": {
+            "blackout": balance.orca.blackout,
+            "expiry": balance.orca.expiry,
+            "error_penalty": float(balance.orca.error_penalty),
         },
-        "balance": {
-            "policy": service.balance.policy,
-            "decay": service.balance.decay,
-            "start": service.balance.start,
-            "penalty": service.balance.penalty,
-            "panic": float(service.balance.panic),
+        "slow_start": balance.slow_start,
+        "slow_start_least": float(balance.slow_start_least),
+        "hash": {
+            "on": [_part(*part) for part in parts],
+            "bound": float(balance.hash_bound),
+            "ring": balance.ring_size,
+            "table": balance.table_size,
         },
-        "admit": {
-            "in_flight": service.admit.in_flight,
-            "connect": service.admit.connect,
-            "breaker": {
-                "failures": breaker.failures,
-                "success_rate": float(breaker.success_rate),
-                "window": breaker.window,
-                "minimum_calls": breaker.minimum_calls,
-                "open_min": breaker.open[0],
-                "open_max": breaker.open[1],
-                "max_ejected": float(breaker.max_ejected),
-            },
+        "sticky": _part(kind, name),
+        "locality": {
+            # A key has one home, whoever asks.
+            "policy": "off" if balance.policy in HASHING else balance.locality,
+            "order": list(balance.zones),
+            "overprovisioning": float(balance.overprovisioning),
+            "least_endpoints": balance.zone_aware_from,
         },
     }
+
+
+def _admit(admit: doc.AdmitRules, rates: tuple[RatePolicy, ...], *, connect: float) -> Json:
+    breaker, limits = admit.breaker, admit.adaptive_limits
+    adaptive = {"initial": limits.initial, "least": limits.least, "most": limits.most}
+    return {
+        "in_flight": admit.in_flight,
+        "pending": admit.pending,
+        "connect": connect,
+        "breaker": {
+            "failures": breaker.failures,
+            "success_rate": float(breaker.success_rate),
+            "window": breaker.window,
+            "minimum_calls": breaker.minimum_calls,
+            "open_min": breaker.open[0],
+            "open_max": breaker.open[1],
+            "max_ejected": float(breaker.max_ejected),
+            "slow": breaker.slow,
+            "slow_rate": float(breaker.slow_rate),
+        },
+        "adaptive": adaptive if admit.adaptive == "gradient" else None,
+        "throttle": {"ratio": float(admit.throttle), "window": admit.throttle_window},
+        # What a store counts is here only as its stand-in.
+        "rate": [_rate(rate) for rate in rates if not rate.is_global or rate.on_failure == "local"],
+    }
+
+
+def _rate(rate: RatePolicy) -> Json:
+    return {
+        "name": rate.name,
+        "calls": float(rate.calls),
+        "per": rate.per,
+        "burst": float(rate.burst),
+        "by": [_part(part.kind, part.name) for part in rate.by],
+        "is_standby": rate.is_global,
+    }
+
+
+def _part(kind: str, name: str) -> Json:
+    return {"kind": kind, "name": name}
 
 
 def _route(route: RoutePolicy) -> Json:
@@ -89,16 +188,24 @@ def _route(route: RoutePolicy) -> Json:
             {"name": backend_name(backend), "labels": dict(backend.labels), "weight": backend.weight}
             for backend in route.backends
         ],
-        "retry": {
-            "attempts": route.retry.attempts,
-            "backoff_base": route.retry.backoff[0],
-            "backoff_max": route.retry.backoff[1],
-            "statuses": list(route.retry.statuses),
-            "idempotency_key": route.retry.idempotency_key,
-            "idempotent": route.retry.idempotent,
-        },
+        "retry": _retry(route.retry),
         "deadline": route.deadline,
         "stream_idle": route.stream_idle,
+    }
+
+
+def _retry(retry: doc.RouteRetry) -> Json:
+    hedge = {"quantile": float(retry.hedge_quantile), "share": float(retry.hedge_share), "least": retry.hedge_least}
+    return {
+        "attempts": retry.attempts,
+        "backoff_base": retry.backoff[0],
+        "backoff_max": retry.backoff[1],
+        "statuses": list(retry.statuses),
+        "idempotency_key": retry.idempotency_key,
+        "idempotent": retry.idempotent,
+        "on": list(dict.fromkeys(retry.on)),
+        "per_try": retry.per_try,
+        "hedge": hedge if retry.hedge else None,
     }
 
 

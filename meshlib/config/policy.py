@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from meshlib.errors import ConfigError, Problem
 
@@ -45,6 +45,55 @@ class RulePolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class RatePart:
+    """What of a call a limit is counted by: `kind` is service, route, peer, or header with its name."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RatePolicy:
+    """A limit of calls. `store` is "local" or one of the configuration's `stores`."""
+
+    name: str
+    calls: int
+    per: float
+    burst: int
+    by: tuple[RatePart, ...]
+    store: str
+    on_failure: str
+
+    @property
+    def is_global(self) -> bool:
+        """True if all processes are counted together."""
+        return self.store != "local"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckPolicy:
+    """How endpoints are asked whether they are well. `kind` is http, grpc or tcp; `path` counts for http."""
+
+    kind: str
+    path: str
+    every: float
+    timeout: float
+    failures: int
+    successes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuardPolicy:
+    """What a guarded function goes by, with everything filled in. Its limits are counted in this process."""
+
+    name: str
+    retry: doc.GuardRetry
+    admit: doc.AdmitRules
+    rates: tuple[RatePolicy, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
 class ServicePolicy:
     """A service with everything filled in. `identity` is its SPIFFE ID in every mode."""
 
@@ -58,9 +107,22 @@ class ServicePolicy:
     retry: doc.Retry
     balance: doc.Balance
     admit: doc.Admit
+    rates: tuple[RatePolicy, ...]
+    check: CheckPolicy | None
     deadline: float
     rules: tuple[RulePolicy, ...]
     observe: doc.Observe
+
+    @property
+    def is_by_peer(self) -> bool:
+        """True if calls are balanced or limited by on whose behalf they are made."""
+        by_hash = any(part.part[0] == "peer" for part in self.balance.hash_on)
+        return by_hash or any(part.kind == "peer" for rate in self.rates for part in rate.by)
+
+    @property
+    def global_rates(self) -> tuple[RatePolicy, ...]:
+        """The limits that all processes are counted for together."""
+        return tuple(rate for rate in self.rates if rate.is_global)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +130,8 @@ class Config:
     """The whole configuration, as the process of one service sees it.
 
     `source` is the hash of the file's text, to tell whether a reload brings anything new. `warnings` are what
-    `meshlib vet` tells about settings that are allowed, but inert or dangerous.
+    `meshlib vet` tells about settings that are allowed, but inert or dangerous. `zone` is where this process runs, "" if
+    nobody said. `guards` has an entry "*" for all that the file doesn't name; `stores` are settings by plugin.
     """
 
     name: str
@@ -83,6 +146,9 @@ class Config:
     identity_folder: Path | None
     is_dev: bool
     source: str
+    zone: str = ""
+    guards: Mapping[str, GuardPolicy] = field(default_factory=dict)
+    stores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     warnings: tuple[Problem, ...] = field(default=(), repr=False)
 
     @property
@@ -105,6 +171,14 @@ class Config:
         """
         return self.own.mode != "observe" and self._known(service).mode != "observe"
 
+    def rates_of(self, service: str) -> tuple[RatePolicy, ...]:
+        """The limits of a service that are counted in a store, for all processes together."""
+        return self._known(service).global_rates
+
+    def guard(self, name: str) -> GuardPolicy:
+        """What a guarded function goes by, named in the file or not."""
+        return self.guards.get(name) or self.guards["*"]
+
     def client_plan(self) -> bytes:
         """What the outbound engine needs, as JSON with every field explicit."""
         from .plan import client_plan
@@ -126,7 +200,10 @@ class Config:
 
 
 def merge(base: S, *overrides: doc.Section | None) -> S:
-    """A section in which what an override says wins, key by key, level by level. Foreign keys are left out."""
+    """A section in which what an override says wins, key by key, level by level. Foreign keys are left out.
+
+    A `Choice` is taken as a whole: a cookie of the system's and a header of the service's are not both meant.
+    """
     if all(override is None for override in overrides):
         return base
     values = {name: getattr(base, name) for name in type(base).model_fields}
@@ -135,13 +212,19 @@ def merge(base: S, *overrides: doc.Section | None) -> S:
             continue
         for name in override.model_fields_set & values.keys():
             own, other = values[name], getattr(override, name)
-            values[name] = merge(own, other) if isinstance(own, doc.Section) and isinstance(other, doc.Section) else other
+            has_keys = isinstance(own, doc.Section) and not isinstance(own, doc.Choice)
+            values[name] = merge(own, other) if has_keys and isinstance(other, doc.Section) else other
     return type(base).model_construct(set(values), **values)
 
 
 def resolve(document: doc.Document, names: Names) -> dict[str, ServicePolicy]:
     """All services of a document with everything filled in."""
     return {name: _service(document, name, names) for name in document.services}
+
+
+def resolve_guards(document: doc.Document) -> dict[str, GuardPolicy]:
+    """All guards of a document with everything filled in, and "*" for all others."""
+    return {name: _guard(document, name, document.guards.get(name)) for name in ("*", *document.guards)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +280,7 @@ def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
     deadline = document.deadline if written.deadline is None else written.deadline
     idle = document.stream_idle if written.stream_idle is None else written.stream_idle
     retry = merge(document.retry, written.retry)
+    admit = merge(document.admit, written.admit)
     return ServicePolicy(
         name=name,
         protocol=written.protocol,
@@ -209,7 +293,9 @@ def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
         ),
         retry=retry,
         balance=merge(document.balance, written.balance),
-        admit=merge(document.admit, written.admit),
+        admit=admit,
+        rates=_rates(name, admit.rate),
+        check=_check(admit.check, written.protocol),
         deadline=deadline,
         rules=tuple(
             RulePolicy(
@@ -224,6 +310,54 @@ def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
             for index, rule in enumerate(rules)
         ),
         observe=merge(document.observe, written.observe),
+    )
+
+
+def _guard(document: doc.Document, name: str, written: doc.Guard | None) -> GuardPolicy:
+    retry, admit, deadline = (None, None, None) if written is None else (written.retry, written.admit, written.deadline)
+    merged = merge(doc.AdmitRules(), document.admit, admit)
+    return GuardPolicy(
+        name=name,
+        retry=merge(doc.GuardRetry(), document.retry, retry),
+        admit=merged,
+        rates=tuple(rate for rate in _rates(name, merged.rate) if _is_for_functions(rate)),
+        deadline=document.deadline if deadline is None else deadline,
+    )
+
+
+def _is_for_functions(rate: RatePolicy) -> bool:
+    """A limit of the system that a store counts, or that goes by a header, is for its services.
+
+    Nobody asks the store for a function, and without headers all calls of a function would be counted as those of one tenant.
+    """
+    return not rate.is_global and all(part.kind != "header" for part in rate.by)
+
+
+def _rates(owner: str, written: tuple[doc.Rate, ...]) -> tuple[RatePolicy, ...]:
+    return tuple(
+        RatePolicy(
+            name=rate.name or f"{owner}/rate/{index}",
+            calls=rate.calls,
+            per=rate.per,
+            burst=rate.calls if rate.burst is None else rate.burst,
+            by=tuple(dict.fromkeys(RatePart(*part.part) for part in rate.by)),
+            store=rate.store,
+            on_failure=rate.on_failure,
+        )
+        for index, rate in enumerate(written)
+    )
+
+
+def _check(written: doc.Check | None, protocol: str) -> CheckPolicy | None:
+    if written is None:
+        return None
+    return CheckPolicy(
+        kind=written.kind or ("grpc" if protocol == "grpc" else "http"),
+        path=written.path,
+        every=written.every,
+        timeout=written.timeout,
+        failures=written.failures,
+        successes=written.successes,
     )
 
 

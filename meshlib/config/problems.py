@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from .defaults import TABLE
 from .document import Document, Section
-from .text import Path, Text
+from .text import Path, Text, masked
 from .values import near
 
 # The words of other systems, for those who come from there.
@@ -36,8 +36,21 @@ _ELSEWHERE: Final = {
     "load_balancer": "balance",
     "lb": "balance",
     "max_attempts": "attempts",
+    "retry_on": "on",
+    "per_try_timeout": "per_try",
+    "hedging": "hedge",
+    "max_pending": "pending",
+    "health_check": "check",
+    "healthcheck": "check",
+    "rate_limit": "rate",
+    "rate_limits": "rate",
+    "hash_policy": "hash_on",
+    "interval": "every",
     "percent": "weight",
 }
+
+# In place of a value that is not shown.
+_HERE: Final = "what stands here"
 
 _TYPES: Final = {
     "model_type": "a mapping",
@@ -79,20 +92,29 @@ def shown(value: object) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
+    text = masked(repr(value))  # before it is cut: of half a URL nobody sees that it is one
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _is_secret(loc: Path) -> bool:
+    """What stands under `stores` may hold a password, and so may what somebody took for the place of the URL."""
+    return loc[:1] == ("stores",) or (loc[-1:] == ("store",) and loc[-3:-2] == ("rate",))
 
 
 def _words(detail: ErrorDetails, root: Any) -> tuple[str, str]:
     kind, context, given = detail["type"], detail.get("ctx", {}), detail["input"]
     loc = tuple(part for part in detail["loc"] if part != "[key]")
     if kind == "mesh":
-        return str(context["message"]), str(context["hint"])
+        message = str(context["message"])
+        return message.replace(repr(given), _HERE) if _is_secret(loc) else message, str(context["hint"])
     if kind == "missing":
         field = _field(root, loc)
         return "is missing", _allowed(field)
     if kind == "extra_forbidden":
         word, keys = str(loc[-1]), _keys(root, loc[:-1])
+        if word == "zone":
+            # The file is shared by processes in all zones.
+            return "unknown key", "each process is told its own: MESHLIB_ZONE; an endpoint's stands beside its address"
         guess = near(word, keys) or (f"did you mean {_ELSEWHERE[word]!r}? " if _ELSEWHERE.get(word) in keys else "")
         return "unknown key", f"{guess}allowed: {', '.join(keys)}"
     if kind == "literal_error":
@@ -101,7 +123,7 @@ def _words(detail: ErrorDetails, root: Any) -> tuple[str, str]:
         guess = near(given, words) if isinstance(given, str) else ""
         return f"{shown(given)} is not allowed", guess + "one of " + ", ".join(words)
     if kind in ("greater_than_equal", "less_than_equal", "greater_than", "less_than"):
-        return f"{given} is out of range", _allowed(_field(root, loc))
+        return f"{_HERE if _is_secret(loc) else given} is out of range", _allowed(_field(root, loc))
     if kind == "too_short":
         return "is empty", "at least one entry, or leave the key out"
     if kind in ("string_too_short", "string_too_long"):
@@ -119,7 +141,8 @@ def _words(detail: ErrorDetails, root: Any) -> tuple[str, str]:
             return "has no value", f"write {_TYPES[kind]} behind it, or leave the key out"
         if kind == "string_type" and isinstance(given, bool | int | float):
             hint = "put it in quotes"
-        return f"must be {_TYPES[kind]}, not {shown(given)}", hint
+        what = _HERE if _is_secret(loc) else shown(given)
+        return f"must be {_TYPES[kind]}, not {what}", hint
     return detail["msg"], ""
 
 
@@ -216,6 +239,8 @@ def _bare(annotation: Any) -> Any:
 
 def _literals(annotation: Any) -> tuple[str, ...]:
     bare = _bare(annotation)
+    if get_origin(bare) is tuple:
+        return _literals(get_args(bare)[0])
     if get_origin(bare) is not Literal:
         return ()
     return tuple(str(item).lower() if isinstance(item, bool) else str(item) for item in get_args(bare))

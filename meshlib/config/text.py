@@ -52,7 +52,7 @@ class Text:
     def refuse(self, path: Path, message: str, hint: str = "", *, line: int | None = None) -> None:
         """Note a mistake at a key path."""
         at = self.line_of(path) if line is None else line
-        self.problems.append(Problem(self.file, at, dotted(path), message, hint))
+        self.problems.append(Problem(self.file, at, dotted(path), masked(message), masked(hint)))
 
 
 def dotted(path: Path) -> str:
@@ -60,7 +60,21 @@ def dotted(path: Path) -> str:
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "(file)"
+    return masked(text) or "(file)"
+
+
+def masked(text: str) -> str:
+    """The same without what may be a password in a URL, which people also write where it doesn't belong."""
+    return " ".join(_without_password(word) for word in text.split(" ")) if "://" in text else text
+
+
+def _without_password(word: str) -> str:
+    begin = word.find("://") + 3
+    # Credentials end at the last "@", since a password may hold one; some systems take it in the query.
+    if begin < 3 or max(word.rfind("@"), word.rfind("?")) < begin:
+        return word
+    end = len(word.rstrip("'\",;:)]}`"))
+    return word[:begin] + "…" + word[end:]
 
 
 def parse(text: str, file: str) -> Text:

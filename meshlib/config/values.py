@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Final, NoReturn
@@ -33,6 +34,8 @@ _TRUST_DOMAIN: Final = re.compile(r"[a-z0-9._-]{1,255}\Z")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+\Z")
 _VARIABLE: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}\Z")
 _HEADER: Final = re.compile(r"[a-z0-9!#$%&'*+.^`|~-]+\Z")
+_COOKIE: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
+_WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _ESCAPE: Final = re.compile(r"%[0-9A-Fa-f]{2}")
 
 
@@ -74,6 +77,29 @@ def span(name: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def off_or(name: str, least: float) -> AfterValidator:
+    """For a number that is 0 (off) or in a range that doesn't begin there."""
+    row = TABLE[name]
+
+    def check(value: float) -> float:
+        if 0 < value < least:
+            refuse(f"{value:g} is out of range", f"0 (off), or {least:g} to {row.most:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _prime(value: int) -> int:
+    if not _is_prime(value):
+        near_by = next((candidate for candidate in range(value, 5_000_012) if _is_prime(candidate)), 5_000_011)
+        refuse(f"{value} is not a prime", f"the next one is {near_by}; 65537 does for 650 endpoints")
+    return value
+
+
+def _is_prime(value: int) -> bool:
+    return value > 1 and all(value % divisor for divisor in range(2, math.isqrt(value) + 1))
+
+
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         refuse(f"the first value ({pair[0]:g}) is larger than the second ({pair[1]:g})", "[least, most]")
@@ -83,8 +109,13 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
 # ---------------------------------------------------------------- names and addresses
 
 
+def is_name(value: str) -> bool:
+    """True for what may be the name of a service, or of a store."""
+    return _NAME.match(value) is not None
+
+
 def _name(value: str) -> str:
-    if not _NAME.match(value):
+    if not is_name(value):
         refuse(f"{value!r} can't be a name", "small letters, digits and inner hyphens, at most 63: it is a host name, too")
     return value
 
@@ -303,6 +334,24 @@ def _header_name(value: str) -> str:
     return value
 
 
+def _cookie_name(value: str) -> str:
+    if not _COOKIE.match(value):
+        refuse(f"{value!r} is not a cookie's name", "letters, digits and hyphens, such as session")
+    return value
+
+
+def _variable(value: str) -> str:
+    if not _WORD.match(value):
+        refuse(f"{value!r} is not a variable's name", "id, where the template of a route is /items/{id}")
+    return value
+
+
+def _check_path(value: str) -> str:
+    if not value.startswith("/") or any(not 32 < ord(char) < 127 for char in value) or "#" in value:
+        refuse(f"{value!r} can't be asked for", "a path as it is sent, such as /healthz")
+    return value
+
+
 def near(word: str, allowed: Iterable[str]) -> str:
     """`did you mean …? ` for a mistyped word, or "". Case, hyphen and underscore are no difference."""
     words = {item.lower().replace("_", "-"): item for item in allowed}
@@ -334,6 +383,24 @@ def _title(value: str) -> str:
     return value
 
 
+def _zone(value: str) -> str:
+    if not 1 <= len(value) <= 100 or not value.isprintable() or value != value.strip():
+        refuse(f"{value!r} can't be a zone", "the word that endpoints have under `zone`, such as eu-west-1a")
+    return value
+
+
+def _guard(value: str) -> str:
+    _title(value)
+    if "*" in value:
+        refuse(f"{value!r} can't be a guard", 'the name as in @mesh.guard("ledger"); what all share stands under retry and admit')
+    return value
+
+
+def off(value: Any) -> Any:
+    """`off` takes away what the system says."""
+    return None if value == "off" else value
+
+
 Seconds = Annotated[float, BeforeValidator(seconds, json_schema_input_type=float | str)]
 Pair = Annotated[tuple[Seconds, Seconds], AfterValidator(_rising)]
 Name = Annotated[str, AfterValidator(_name)]
@@ -351,3 +418,9 @@ Title = Annotated[str, AfterValidator(_title)]
 Method = Annotated[str, AfterValidator(_method)]
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 Label = Annotated[str, BeforeValidator(_label)]
+CookieName = Annotated[str, AfterValidator(_cookie_name)]
+Variable = Annotated[str, AfterValidator(_variable)]
+CheckPath = Annotated[str, AfterValidator(_check_path)]
+Zone = Annotated[str, AfterValidator(_zone)]
+GuardName = Annotated[str, AfterValidator(_guard)]
+Prime = Annotated[int, AfterValidator(_prime)]

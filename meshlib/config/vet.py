@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from . import levels
+from .document import Choice, HashPart, RatePart, Sticky
 from .problems import shown
 from .text import Path, Text, dotted
 from .values import DEV_TRUST_DOMAIN, is_loopback, near, some
@@ -32,6 +34,12 @@ def check(text: Text, *, is_dev: bool) -> None:
         _discover(text, at, service)
         _routes(text, at, service)
         _rules(text, at, service, services)
+        _choices(text, at, service)
+    if isinstance(raw, dict):
+        _choices(text, (), raw)
+        for name, guard in _mapping(raw, "guards").items():
+            _choices(text, ("guards", name), guard)
+        levels.check(text, raw, services)
 
 
 def _empty(text: Text, raw: Any) -> None:
@@ -190,6 +198,20 @@ def _backends(text: Text, at: Path, service: Mapping[str, Any], backends: tuple[
             hint = f"labels there are: {some(have)}" if have else "no static endpoint carries any label"
             message = f"no static endpoint carries {_labels(labels)}"
             text.refuse((*place, "labels"), message, near(_labels(labels), have) + hint)
+
+
+def _choices(text: Text, at: Path, owner: Any) -> None:
+    """Sections that say exactly one thing."""
+    balance, rates = _mapping(owner, "balance"), _items(_mapping(owner, "admit").get("rate"))
+    found: list[tuple[Path, Any, type[Choice]]] = [((*at, "balance", "sticky"), balance.get("sticky"), Sticky)]
+    found += [((*at, "balance", "hash_on", index), part, HashPart) for index, part in enumerate(_items(balance.get("hash_on")))]
+    for index, rate in enumerate(rates):
+        parts = _items(rate.get("by")) if isinstance(rate, dict) else ()
+        found += [((*at, "admit", "rate", index, "by", number), part, RatePart) for number, part in enumerate(parts)]
+    for place, written, kind in found:
+        # A mistyped key is told as what it is, not a second time as a missing one.
+        if isinstance(written, dict) and not set(written) - set(kind.model_fields):
+            _one_of(text, place, written, tuple(kind.model_fields))
 
 
 def _one_of(text: Text, at: Path, given: Mapping[str, Any], ways: tuple[str, ...]) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Final
 
-from .policy import ServicePolicy
+from . import inert
+from .policy import GuardPolicy, ServicePolicy
 from .text import Path, Text
 from .values import some
 
@@ -19,7 +20,7 @@ from .values import some
 _DNS_FORM: Final = re.compile(r"^spiffe://[^/]+/ns/[^/]+/sa/[^/]+$")
 
 
-def warnings(text: Text, folder: File, services: Mapping[str, ServicePolicy]) -> Text:
+def warnings(text: Text, folder: File, services: Mapping[str, ServicePolicy], guards: Mapping[str, GuardPolicy]) -> Text:
     """What is allowed, but does nothing or more than one may think; as problems of a text of its own."""
     found = Text(text.file, lines=text.lines)
     _warn_modes(found, services)
@@ -34,6 +35,7 @@ def warnings(text: Text, folder: File, services: Mapping[str, ServicePolicy]) ->
         budget = service.retry.budget
         if budget.ratio == 0 and budget.per_second == 0 and any(route.retry.attempts for route in service.routes):
             found.refuse((*at, "retry"), "retries are on, but their budget is 0", "ratio or per_second above 0; or attempts: 0")
+    inert.warn(found, services, guards)
     return found
 
 
@@ -111,7 +113,7 @@ def _warn_routes(found: Text, at: Path, service: ServicePolicy) -> None:
         is_all = match.path is None or match.path.prefix == "/"
         if is_all and not match.methods and not match.headers:
             covering = covering or route.name
-        unsafe = [method for method in match.methods if method not in ("GET", "HEAD", "OPTIONS")]
+        unsafe = [method for method in match.methods if method not in inert.SAFE]
         repeats = route.retry.idempotency_key or route.retry.idempotent
         is_written = (*place, "retry") in found.lines and route.retry.attempts > 0
         if is_written and unsafe and len(unsafe) == len(match.methods) and not repeats:

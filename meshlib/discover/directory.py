@@ -160,6 +160,11 @@ class Directory:
             self._keeper.soon(entry.job)
         return True
 
+    def endpoints(self, service: str) -> Sequence[EndpointAddress]:
+        """What was published for a service: empty before its first answer, and for names that nobody follows."""
+        entry = self._entries.get(service)
+        return () if entry is None else entry.published or ()
+
     def stats(self, now: float) -> list[dict[str, Any]]:
         """One row per service.
 

@@ -5,18 +5,20 @@ and then step by step what was decided, with the reason that decided it. The rea
 with its because, and numbers are compared with what they were compared with. Missing parts are left out: a record of
 another version is still told.
 
-It formats and nothing else. Programs read the record, not this text.
+Why an endpoint was chosen is told in `choice.py`. It formats and nothing else. Programs read the record, not this text.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-Record = Mapping[str, Any]
+from . import choice
+from .text import Record, facts, seconds, table
 
 WIDTH = 110
+GUARD = "guard:"
 
 
 def explain(record: Record) -> str:
@@ -30,23 +32,36 @@ def explain(record: Record) -> str:
 
 
 def _outbound(record: Record) -> list[str]:
+    guard = _guard(record)
+    events: Sequence[Record] = record.get("events") or []
     lines = [_title(record)]
-    lines += _facts(
-        ("route", _route(record)),
-        ("deadline", _seconds(record.get("deadline"))),
+    lines += facts(
+        ("guard", guard),
+        ("route", "" if guard else _route(record)),
+        ("balance", "" if guard else choice.policy(record)),
+        ("health", "" if guard else choice.health(record)),
+        ("circuit", _circuit(record) if guard else ""),
+        ("deadline", seconds(record.get("deadline"))),
         ("idempotent", _idempotent(record)),
     )
-    candidates = record.get("candidates") or []
-    if candidates:
-        lines += ["", "candidates    (cost as it was compared, the rest as it is now)", *_candidates(candidates)]
-    events = record.get("events") or []
+    # A guard has its function and no other: nothing was chosen.
+    if record.get("candidates") and not guard:
+        lines += ["", *choice.candidates(record)]
     if events:
-        lines += ["", "what happened", *_events(events)]
-    return [*lines, "", _outcome(record, events)]
+        lines += ["", "what happened", *_events(record, events)]
+    return [*lines, "", _outcome(record, events) + _fallback(record)]
+
+
+def _guard(record: Record) -> str:
+    """The name of the guard that this is a call of; "" for a call of a service."""
+    service = str(record.get("service") or "")
+    return service.removeprefix(GUARD) if service.startswith(GUARD) else ""
 
 
 def _title(record: Record) -> str:
     method, path, service = (str(record.get(key) or "") for key in ("method", "path", "service"))
+    if guard := _guard(record):
+        return f"call of {path or guard}"
     what = " ".join(part for part in (method, path) if part)
     return f"{what or 'a call'} to {service}" if service else what or "a call"
 
@@ -57,40 +72,26 @@ def _route(record: Record) -> str:
     return route + (f", backend {backend}" if backend else "") + (f" ({rule})" if rule else "")
 
 
+def _circuit(record: Record) -> str:
+    """A guard's breaker is that of its one endpoint."""
+    words = [str(candidate.get("breaker") or "").replace("_", " ") for candidate in record.get("candidates") or ()]
+    return words[0] if words else ""
+
+
 def _idempotent(record: Record) -> str:
     if "idempotent" not in record:
         return ""
-    return "yes, so it may be sent twice" if record["idempotent"] else "no, so it is sent again only if nothing of it arrived"
+    if record["idempotent"]:
+        return "yes, so it may be sent twice" if not _guard(record) else "yes, so it may be called twice"
+    return "no, so it is sent again only if nothing of it arrived" if not _guard(record) else "no, so it is called once"
 
 
-def _candidates(candidates: Sequence[Record]) -> list[str]:
-    rows = [("", "endpoint", "zone" if any(c.get("zone") for c in candidates) else "", "latency", "in flight", "cost", "breaker")]
-    costs = [c["score"] for c in candidates if isinstance(c.get("score"), int | float)]
-    # A hair's breadth is chance, and not worth a star.
-    least = min(costs) if costs and max(costs) > 1.01 * min(costs) else None
-    for candidate in candidates:
-        score = candidate.get("score")
-        is_best = score is not None and score == least
-        rows.append(
-            (
-                "*" if is_best else "",
-                str(candidate.get("endpoint", "?")),
-                str(candidate.get("zone") or ""),
-                _milliseconds(candidate.get("ewma_ms")),
-                _plain(candidate.get("in_flight")),
-                _cost(score),
-                str(candidate.get("breaker") or "-").replace("_", " "),
-            )
-        )
-    return _table(rows, right={3, 4, 5})
-
-
-def _events(events: Sequence[Record]) -> list[str]:
+def _events(record: Record, events: Sequence[Record]) -> list[str]:
     rows = []
     attempt, status = 0, 0
     # Attempts may overlap, so that an answer is not always the last one's.
     latest: dict[Any, int] = {}
-    for event in events:
+    for place, event in enumerate(events):
         status = (event.get("detail") or {}).get("status", status)
         if event.get("phase") == "balance":
             attempt += 1
@@ -99,90 +100,124 @@ def _events(events: Sequence[Record]) -> list[str]:
         number = f"#{own}" if attempt and event.get("phase") in ("balance", "admit", "send") else ""
         at = event.get("at")
         time = f"{at:.1f} ms" if isinstance(at, int | float) else ""
-        rows.append((time, str(event.get("phase") or ""), number, _event(event, status)))
-    return _table(rows, right={0})
+        rows.append((time, str(event.get("phase") or ""), number, _event(record, event, place, status)))
+    return table(rows, right={0})
 
 
-def _event(event: Record, status: int) -> str:
-    """What was decided, and because of what. `status` is the last one that came."""
+def _event(record: Record, event: Record, place: int, status: int) -> str:
+    """What was decided, and because of what. `place` is its number; `status` is the last one that came."""
     what = str(event.get("what") or "")
     endpoint = str(event.get("endpoint") or "")
     detail: Record = event.get("detail") or {}
     why = str(detail.get("why") or "")
     phase = event.get("phase")
+    guard = _guard(record)
     if phase == "route" and what == "matched":
-        seconds = detail.get("seconds")
-        return "matched" + (f"; {_seconds(seconds)} are left for the call" if seconds is not None else "")
+        left = detail.get("seconds")
+        return ("begun" if guard else "matched") + (f"; {seconds(left)} are left for the call" if left is not None else "")
+    if phase == "balance" and guard:
+        return "called, to find out whether it works again" if what == "probe" else "called"
     if phase == "balance":
-        return _pick(what, endpoint, detail)
+        return choice.pick(record, event, place)
     if phase == "admit":
-        return "the endpoint is taken out: its breaker opened" if what == "ejected" else what.replace("_", " ")
+        return _admitted(what, detail, guard)
+    if phase == "send" and guard:
+        return _returned(what, detail)
     if phase == "send":
         if what == "response":
             return f"{endpoint} answered {detail.get('status', '')}".strip()
         text = _FAILURES.get(what, what) + (f" ({why})" if why else "")
         return f"{endpoint}: {text}" if endpoint else text
     if phase == "retry" and what in ("hedged", "given up"):
-        after = f" after {_seconds(detail.get('seconds'))}"
+        after = f" after {seconds(detail.get('seconds'))}"
         return f"{endpoint} has not answered{after}: another is asked as well" if what == "hedged" else f"{endpoint} is given up"
+    if phase == "retry" and what == "refused":
+        return f"no attempt was possible: {_refusal(record, event, place)}"
     if phase == "retry":
-        return _judged(what, f"status {status}" if why == "status" else why, detail.get("seconds"))
-    known = {"why", "seconds", "status", "cost", "other", "other_cost", "zone"}
+        if why == "status":
+            why = "it failed" if guard else f"status {status}"
+        elif why == "answered" and status:
+            why = "not a kind of failure that is repeated" if guard else f"the route does not repeat status {status}"
+        return _judged(what, why, detail, "called" if guard else "sent")
+    known = {"why", "seconds", "status", "cost", "other", "other_cost", "zone", "budget"}
     extra = ", ".join(f"{key} {value}" for key, value in detail.items() if key not in known)
     return " ".join(part for part in (what, endpoint, f"({why})" if why else "", extra) if part)
 
 
-def _pick(what: str, endpoint: str, detail: Record) -> str:
-    other, cost, other_cost = detail.get("other"), detail.get("cost"), detail.get("other_cost")
-    if what == "probe":
-        return f"probe to {endpoint}: it was taken out, and this call finds out whether it is well again"
-    if what == "picked in zone":
-        text = f"picked {endpoint} in zone {detail.get('zone') or '?'}"
-    elif what == "picked outside the zone":
-        text = f"picked {endpoint} outside the zone"
-    else:
-        text = f"{endpoint} {what}" if what.startswith("sent") else f"{what} {endpoint}"
-    if other and cost is not None and other_cost is not None:
-        text += f": cost {_cost(cost)} against {_cost(other_cost)} of {other}"
-    elif other:
-        text += f" rather than {other}"
-    elif what in ("picked", "picked in zone", "picked outside the zone"):
-        text += ": no other was left to compare it with"
-    if "panic" in what:
-        text += "; fewer are healthy than may be trusted, so all are used"
-    return text
+def _admitted(what: str, detail: Record, guard: str) -> str:
+    """Permits, and what an attempt did to the breaker."""
+    if what == "waiting for a permit":
+        return "waits for a permit: as many calls are in flight as may be at once"
+    if what == "got a permit":
+        return "got a permit" + (f" after {seconds(detail['seconds'])}" if detail.get("seconds") is not None else "")
+    if what == "ejected":
+        return "the circuit opens: it has failed too often" if guard else "the endpoint is taken out: its breaker opened"
+    return what.replace("_", " ")
 
 
-def _judged(what: str, why: str, seconds: Any) -> str:
-    wait = f" after {_seconds(seconds)}" if isinstance(seconds, int | float) and seconds > 0 else ""
+def _returned(what: str, detail: Record) -> str:
+    """How a function ended; the engine is told of it in statuses."""
+    if what != "response":
+        return _FAILURES.get(what, what)
+    status = detail.get("status")
+    return "raised an exception" if isinstance(status, int) and status >= 500 else "returned"
+
+
+def _judged(what: str, why: str, detail: Record, done: str) -> str:
+    wait, left = detail.get("seconds"), detail.get("budget")
+    because = f", because: {why}" if why else ""
+    budget = f"; the budget held {left:.1f} retries" if isinstance(left, int | float) else ""
     if what == "again":
-        return f"sent again{wait}" + (f", because: {why}" if why else "")
+        pause = f" after {seconds(wait)}" if isinstance(wait, int | float) and wait > 0 else ""
+        return f"{done} again{pause}{because}{budget}"
     if what == "awaited":
-        return f"not sent again yet: {why}"
+        return f"not {done} again yet: {why}"
     if what == "not hedged":
-        return "not hedged" + (f", because: {why}" if why else "")
+        return f"not hedged{because}"
     if what == "delivered":
-        return "not sent again" + (f", because: {why}" if why else "")
-    if what == "refused":
-        return "no attempt was possible: the mesh says no"
+        return f"not {done} again{because}{budget}"
     return what + (f" ({why})" if why else "")
 
 
+def _refusal(record: Record, event: Record, place: int) -> str:
+    """Why no attempt went out. The record has the facts and no word for it."""
+    at, deadline, total, out = event.get("at"), record.get("deadline"), record.get("total"), record.get("out")
+    before: Sequence[Record] = (record.get("events") or ())[:place]
+    if isinstance(at, int | float) and isinstance(deadline, int | float) and at / 1000 > deadline - 1e-6:
+        is_waiting = bool(before) and before[-1].get("what") == "waiting for a permit"
+        return "the deadline passed" + (" while it waited for a permit" if is_waiting else "")
+    if isinstance(total, int) and isinstance(out, int):
+        if total and out >= total:
+            return "the circuit is open" if _guard(record) else f"all {total} endpoints are taken out"
+        if not total:
+            return "the backend has no endpoints"
+    return "the mesh says no"
+
+
 def _outcome(record: Record, events: Sequence[Record]) -> str:
+    guard = _guard(record)
     attempts = sum(1 for event in events if event.get("phase") == "balance")
-    last = next((event for event in reversed(events) if event.get("phase") in ("send", "retry")), None)
+    last = next((n for n in reversed(range(len(events))) if events[n].get("phase") in ("send", "retry")), None)
     sent = next((event for event in reversed(events) if event.get("phase") == "send"), None)
-    count = f"{attempts} attempt{'s' if attempts != 1 else ''}{_hedge(events)}"
-    if last is not None and (last.get("phase"), last.get("what")) == ("retry", "refused"):
-        return f"=> refused by the mesh after {count}"
+    count = f"{attempts} {'call' if guard else 'attempt'}{'s' if attempts != 1 else ''}{_hedge(events)}"
+    if last is not None and (events[last].get("phase"), events[last].get("what")) == ("retry", "refused"):
+        return f"=> refused by the mesh after {count}: {_refusal(record, events[last], last)}"
     if sent is None:
         return "=> not answered yet" if attempts else "=> nothing was sent"
     status = (sent.get("detail") or {}).get("status")
+    if guard and sent.get("what") == "response" and isinstance(status, int) and status >= 500:
+        return f"=> failed after {count}"
     if sent.get("what") == "response":
         at = sent.get("at")
         took = f" after {at:.1f} ms" if isinstance(at, int | float) else ""
-        return f"=> {status or 'answered'}{took}, {count}"
+        return f"=> {'returned' if guard else status or 'answered'}{took}, {count}"
     return f"=> failed after {count}: {_FAILURES.get(str(sent.get('what')), str(sent.get('what')))}"
+
+
+def _fallback(record: Record) -> str:
+    """What the caller got in place of an answer."""
+    word = str(record.get("fallback") or "")
+    return f"; {_FALLBACKS.get(word, 'a fallback')} stood in" if word else ""
 
 
 def _hedge(events: Sequence[Record]) -> str:
@@ -193,7 +228,7 @@ def _hedge(events: Sequence[Record]) -> str:
     after = [event for event in events[place + 1 :] if event.get("endpoint")]
     where = next((str(event["endpoint"]) for event in after if event.get("phase") == "balance"), "")
     ends = [event for event in after if event.get("endpoint") == where and event.get("phase") != "balance"]
-    text = f"; hedged after {_seconds((events[place].get('detail') or {}).get('seconds'))} to {where}"
+    text = f"; hedged after {seconds((events[place].get('detail') or {}).get('seconds'))} to {where}"
     if not ends:
         return text
     if ends[0].get("what") == "given up":
@@ -213,6 +248,13 @@ _FAILURES = {
     "cancelled": "the caller gave up",
 }
 
+# The words of `retry/fallback.py`.
+_FALLBACKS = {
+    "value": "the value that its fallback names",
+    "last_good": "the last good answer",
+    "callable": "what its fallback made of the error",
+}
+
 
 # ---------------------------------------------------------------------- in
 
@@ -222,11 +264,11 @@ def _inbound(record: Record) -> list[str]:
     what = " ".join(part for part in (method, path) if part) or "a call"
     left = record.get("left")
     lines = [f"{what} into {service}" if service else what]
-    lines += _facts(
+    lines += facts(
         ("caller", _caller(record)),
         ("mode", str(record.get("mode") or "")),
         ("route", str(record.get("route") or "")),
-        ("deadline", f"{_seconds(left)} were left" if left is not None else ""),
+        ("deadline", f"{seconds(left)} were left" if left is not None else ""),
     )
     return [*lines, "", *_verdict(record)]
 
@@ -251,47 +293,3 @@ def _verdict(record: Record) -> list[str]:
             else "   mode enforce would refuse it: " + ("a rule denies it" if rule else "no rule allows it")
         )
     return lines
-
-
-# ---------------------------------------------------------------------- pieces
-
-
-def _facts(*pairs: tuple[str, str]) -> list[str]:
-    return [f"  {name:<12}{value}" for name, value in pairs if value]
-
-
-def _table(rows: Sequence[tuple[str, ...]], *, right: set[int]) -> list[str]:
-    """Columns as wide as their widest cell; empty columns vanish."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            if width
-        ]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return lines
-
-
-def _seconds(value: Any) -> str:
-    if not isinstance(value, int | float):
-        return ""
-    return f"{value * 1000:.0f} ms" if 0 <= value < 1 else f"{value:.4g} s"
-
-
-def _milliseconds(value: Any) -> str:
-    if not isinstance(value, int | float):
-        return "-"
-    return f"{value:.1f} ms" if value < 1000 else f"{value / 1000:.1f} s"
-
-
-def _plain(value: Any) -> str:
-    return "-" if value is None else str(value)
-
-
-def _cost(value: Any) -> str:
-    """Latency times what is in flight; only its proportions matter."""
-    if not isinstance(value, int | float):
-        return "-"
-    return f"{value * 1000:.1f}" if value < 0.1 else f"{value * 1000:.0f}"

@@ -21,7 +21,7 @@ from typing import Final
 from meshlib.errors import ListenError
 from meshlib.keeper import Keeper
 
-from .prometheus import CONTENT_TYPE, OPENMETRICS_END, OPENMETRICS_TYPE
+from .exposition import CONTENT_TYPE, OPENMETRICS_END, OPENMETRICS_TYPE
 
 logger = logging.getLogger("meshlib.observe")
 

@@ -7,7 +7,8 @@ Prometheus, and its buckets.
 
 Calls (what the application asked) and attempts (what the wire saw) are different metrics: retries lie between them.
 `direction` is never a label: what goes out is counted by `service` and `endpoint`, what comes in by `route`, `method`
-and `peer`.
+and `peer`. A guard of functions is a service `guard:<name>` with the one endpoint `<name>`; its codes are `ok`, `error` and
+`none`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,70 @@ ROUTE_RESPONSES = Metric(
 ROUTE_EGRESS = Metric("meshlib_route_egress_total", "counter", "Calls to hosts that are no service of the mesh.", ("host",))
 RETRY_ATTEMPTS = Metric("meshlib_retry_attempts_total", "counter", "Attempts beyond the first of a call.", _SERVICE)
 RETRY_BUDGET = Metric("meshlib_retry_budget_remaining", "gauge", "Retries that the budget would allow at this moment.", _SERVICE)
+RETRY_HEDGES = Metric(
+    "meshlib_retry_hedges_total", "counter", "Attempts sent beside one that was slow; they count as attempts, too.", _SERVICE
+)
+RETRY_HEDGE_DELAY = Metric(
+    "meshlib_retry_hedge_delay_seconds",
+    "gauge",
+    "After how long an attempt is slow, by what the service has taken so far.",
+    _SERVICE,
+    "seconds",
+)
+RETRY_FALLBACKS = Metric(
+    "meshlib_retry_fallbacks_total",
+    "counter",
+    "Calls that were answered by their fallback: value, last_good or callable.",
+    ("service", "kind"),
+)
+GUARD_DURATION = Metric(
+    "meshlib_retry_guard_duration_seconds",
+    "histogram",
+    "Calls of guarded functions, from the beginning to the end of the last one.",
+    _SERVICE,
+    "seconds",
+)
+BALANCE_PANICS = Metric(
+    "meshlib_balance_panics_total",
+    "counter",
+    "Choices for which health was ignored, since too few endpoints were healthy.",
+    _SERVICE,
+)
 ADMIT_IN_FLIGHT = Metric("meshlib_admit_in_flight", "gauge", "Calls to a service under way.", _SERVICE)
+ADMIT_LIMIT = Metric(
+    "meshlib_admit_limit",
+    "gauge",
+    "Calls to a service that may be under way at once; where the limit is adaptive, what it has learnt.",
+    _SERVICE,
+)
+ADMIT_PENDING = Metric("meshlib_admit_pending", "gauge", "Calls that wait until they may be under way.", _SERVICE)
+ADMIT_REFUSED = Metric(
+    "meshlib_admit_refused_total",
+    "counter",
+    "Calls that were refused before their first attempt. Reason limit: too many were under way; throttle: the service refuses most "
+    "of what it gets; rate: too many in a time, by this process's own count.",
+    ("service", "reason"),
+)
+_RATE = ("service", "rate")
+ADMIT_RATE_ASKED = Metric(
+    "meshlib_admit_rate_asked_total", "counter", "Calls for which the store of a shared rate was asked.", _RATE
+)
+ADMIT_RATE_REFUSED = Metric("meshlib_admit_rate_refused_total", "counter", "Calls that a shared rate refused.", _RATE)
+ADMIT_RATE_FAILED = Metric("meshlib_admit_rate_failed_total", "counter", "Questions that the store did not answer.", _RATE)
+ADMIT_RATE_SKIPPED = Metric(
+    "meshlib_admit_rate_skipped_total", "counter", "Calls for which the store was not asked, since it was away.", _RATE
+)
+ADMIT_STORE_AWAY = Metric(
+    "meshlib_admit_store_away", "gauge", "1 while a store of shared rates does not answer and is left alone.", ("store",)
+)
+ADMIT_CHECKS = Metric("meshlib_admit_checks_total", "counter", "Active health checks of endpoints.", _SERVICE)
+ADMIT_CHECK_FAILURES = Metric("meshlib_admit_check_failures_total", "counter", "Active health checks that failed.", _SERVICE)
+ADMIT_CHECKS_SKIPPED = Metric(
+    "meshlib_admit_checks_skipped_total", "counter", "Active health checks that could not be made.", _SERVICE
+)
+ADMIT_CHECKS_FAILING = Metric(
+    "meshlib_admit_checks_failing", "gauge", "Endpoints that are taken out, since they fail their health checks.", _SERVICE
+)
 
 # ---------------------------------------------------------------------- out: attempts, by endpoint
 
@@ -85,15 +149,22 @@ BALANCE_LATENCY = Metric(
     _ENDPOINT,
     "seconds",
 )
+BALANCE_WEIGHT = Metric("meshlib_balance_weight", "gauge", "The weight that discovery gave an endpoint.", _ENDPOINT)
+BALANCE_ENDPOINT = Metric(
+    "meshlib_balance_endpoint_info",
+    "gauge",
+    "Where an endpoint is; only where its zone is known.",
+    (*_ENDPOINT, "zone"),
+)
 ADMIT_BREAKER = Metric(
     "meshlib_admit_breaker_state",
     "gauge",
-    "Breaker of an endpoint: 0 closed, 1 half open, 2 open, 3 isolated by hand.",
+    "Breaker of an endpoint: 0 closed, 1 half open, 2 open, 3 isolated by hand, 4 failing its health checks.",
     _ENDPOINT,
 )
 ADMIT_EJECTIONS = Metric("meshlib_admit_ejections_total", "counter", "How often an endpoint was taken out.", _ENDPOINT)
 
-BREAKER_STATES: Final = {"closed": 0, "half_open": 1, "open": 2, "isolated": 3}
+BREAKER_STATES: Final = {"closed": 0, "half_open": 1, "open": 2, "isolated": 3, "failing": 4}
 
 # ---------------------------------------------------------------------- in: by caller
 

@@ -175,6 +175,7 @@ class Observer:
         config, identity = mesh.config, mesh.identity
         with _lock:
             egress = dict(self._egress)
+        rates, checker = mesh.outbound.rates, mesh._checker
         current = None if identity is None else identity.current
         known: dict[str, Any] | None = None
         if identity is not None:
@@ -193,6 +194,9 @@ class Observer:
             egress=egress,
             tls={} if identity is None else identity.tls_stats(),
             pools=mesh.outbound.ledger.stats(),
+            rates=[] if rates is None else rates.stats(),
+            checks=[] if checker is None else checker.stats(),
+            fallbacks=mesh.fallbacks,
             reloads=mesh.reloads,
             reload_failures=mesh.reload_failures,
             mesh=config.name,

@@ -7,25 +7,19 @@ to take over a histogram.
 
 Endpoints that were never used have no series. Inbound series are bounded by the core (1000, then "other"). It stores
 and pushes nothing, and what several processes of a service count is added up by Prometheus, not here.
+How it is written is `exposition.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import names
-from .names import BOUNDS, Metric
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-OPENMETRICS_END = "# EOF\n"
+from .exposition import Histogram, Labels, Text
 
 Row = Mapping[str, Any]
-Labels = tuple[str, ...]
-Histogram = tuple[Sequence[int], float]  # counts per bucket (not cumulative, the last one for the rest), sum in seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +33,9 @@ class Readings:
     identity: Row | None = None  # rotations, failures, not_after, spent
     tls: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # of each side what TLS counted
     pools: Sequence[Row] = ()  # idle, opened, reused, closed by reason; of each pool, those that are gone included
+    rates: Sequence[Row] = ()  # shared by processes: service, rate, store, is_away, asked, refused, failed, skipped
+    checks: Sequence[Row] = ()  # of active health checks: service, failing, checks, failures, skipped
+    fallbacks: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by service and word
     egress: Mapping[str, int] = field(default_factory=dict)
     reloads: int = 0
     reload_failures: int = 0
@@ -52,21 +49,27 @@ class Readings:
 
 def render(readings: Readings, *, is_openmetrics: bool = False) -> str:
     """The text of all metrics, in the order of the table."""
-    text = _Text(is_openmetrics)
+    text = Text(is_openmetrics)
     _process(text, readings)
     _tls(text, readings.tls)
     _pools(text, readings.pools)
     _discover(text, readings.discover)
     _calls(text, readings)
+    _limits(text, [row for row in readings.engine if not row["endpoint"] and _is_called(row)])
+    _rates(text, readings.rates)
+    _checks(text, readings.checks)
     _attempts(text, [row for row in readings.engine if row["endpoint"] and _is_used(row)])
     _inbound(text, readings)
     return text.end()
 
 
+# Why the mesh says no before the first attempt, and under which key the engine counts it.
+_REFUSALS = {"limit": "limited", "throttle": "throttled", "rate": "rate_limited"}
+
 # ---------------------------------------------------------------------- what is read
 
 
-def _process(text: _Text, readings: Readings) -> None:
+def _process(text: Text, readings: Readings) -> None:
     text.add(names.OBSERVE_INFO, [((readings.mesh, readings.service, readings.version), 1)])
     text.add(names.OBSERVE_RELOADS, [((), readings.reloads)])
     text.add(names.OBSERVE_RELOAD_FAILURES, [((), readings.reload_failures)])
@@ -82,7 +85,7 @@ def _process(text: _Text, readings: Readings) -> None:
             text.add(names.IDENTITY_SPENT, [((), float(identity["spent"]))])
 
 
-def _tls(text: _Text, tls: Mapping[str, Mapping[str, int]]) -> None:
+def _tls(text: Text, tls: Mapping[str, Mapping[str, int]]) -> None:
     for side, ended, failed in (
         ("client", names.SECURE_CLIENT_HANDSHAKES, names.SECURE_CLIENT_FAILURES),
         ("server", names.SECURE_SERVER_HANDSHAKES, names.SECURE_SERVER_FAILURES),
@@ -96,7 +99,7 @@ def _tls(text: _Text, tls: Mapping[str, Mapping[str, int]]) -> None:
         text.add(names.SECURE_TICKETS, [at for at in _named(counts, "tickets_") if at[0] != ("held",)])
 
 
-def _pools(text: _Text, pools: Sequence[Row]) -> None:
+def _pools(text: Text, pools: Sequence[Row]) -> None:
     if not pools:
         return
     text.add(names.ADMIT_CONNECTIONS_IDLE, [((), sum(pool["idle"] for pool in pools))])
@@ -114,7 +117,7 @@ def _named(counts: Mapping[str, int], front: str) -> list[tuple[Labels, float]]:
     return [((name.removeprefix(front),), count) for name, count in counts.items() if name.startswith(front)]
 
 
-def _discover(text: _Text, rows: Sequence[Row]) -> None:
+def _discover(text: Text, rows: Sequence[Row]) -> None:
     labels = [(row["service"], row["source"]) for row in rows]
     text.add(names.DISCOVER_ENDPOINTS, [(at, row["endpoints"]) for at, row in zip(labels, rows, strict=True)])
     text.add(
@@ -126,7 +129,7 @@ def _discover(text: _Text, rows: Sequence[Row]) -> None:
     text.add(names.DISCOVER_HOLDS, [(at, row["held"]) for at, row in zip(labels, rows, strict=True)])
 
 
-def _calls(text: _Text, readings: Readings) -> None:
+def _calls(text: Text, readings: Readings) -> None:
     rows = [row for row in readings.engine if not row["endpoint"]]
     services = [(row["service"],) for row in rows]
     for metric, key in (
@@ -137,20 +140,70 @@ def _calls(text: _Text, readings: Readings) -> None:
         (names.RETRY_BUDGET, "budget"),
     ):
         text.add(metric, [(at, row[key]) for at, row in zip(services, rows, strict=True) if key in row])
-    text.add(names.ROUTE_RESPONSES, _codes(zip(services, rows, strict=True)))
+    text.add(names.ROUTE_RESPONSES, _outbound_codes(services, rows))
+    text.add(names.RETRY_FALLBACKS, sorted(readings.fallbacks.items()))
     text.add(names.ROUTE_EGRESS, [((host,), count) for host, count in sorted(readings.egress.items())])
     http: dict[Labels, Histogram] = {}
     rpc: dict[Labels, Histogram] = {}
+    guards: dict[Labels, Histogram] = {}
     for row in rows:
-        if readings.protocols.get(row["service"]) == "grpc":
+        if _is_guard(row):
+            _merge(guards, (row["service"],), row)
+        elif readings.protocols.get(row["service"]) == "grpc":
             _merge(rpc, ("grpc", row["service"]), row)
         else:
             _merge(http, (_method(row.get("method", "")), row["service"]), row)
     text.add_histograms(names.HTTP_CLIENT_DURATION, http)
     text.add_histograms(names.RPC_CLIENT_DURATION, rpc)
+    text.add_histograms(names.GUARD_DURATION, guards)
 
 
-def _attempts(text: _Text, rows: Sequence[Row]) -> None:
+def _limits(text: Text, rows: Sequence[Row]) -> None:
+    """What stands between a call and its first attempt, of services that this process calls."""
+    services = [(row["service"],) for row in rows]
+    for metric, key in (
+        (names.RETRY_HEDGES, "hedges"),
+        (names.BALANCE_PANICS, "panics"),
+        (names.ADMIT_LIMIT, "limit"),
+        (names.ADMIT_PENDING, "pending"),
+    ):
+        text.add(metric, [(at, row[key]) for at, row in zip(services, rows, strict=True) if key in row])
+    # 0 is not known yet.
+    text.add(
+        names.RETRY_HEDGE_DELAY,
+        [(at, float(row["slow_after"])) for at, row in zip(services, rows, strict=True) if row.get("slow_after")],
+    )
+    text.add(
+        names.ADMIT_REFUSED,
+        [((row["service"], reason), row[key]) for row in rows for reason, key in _REFUSALS.items() if key in row],
+    )
+
+
+def _rates(text: Text, rows: Sequence[Row]) -> None:
+    rates = [(row["service"], row["rate"]) for row in rows]
+    for metric, key in (
+        (names.ADMIT_RATE_ASKED, "asked"),
+        (names.ADMIT_RATE_REFUSED, "refused"),
+        (names.ADMIT_RATE_FAILED, "failed"),
+        (names.ADMIT_RATE_SKIPPED, "skipped"),
+    ):
+        text.add(metric, [(at, row[key]) for at, row in zip(rates, rows, strict=True)])
+    # Of one store there is one state, however many rates it counts.
+    away = {str(row["store"]): int(row["is_away"]) for row in rows}
+    text.add(names.ADMIT_STORE_AWAY, [((store,), value) for store, value in sorted(away.items())])
+
+
+def _checks(text: Text, rows: Sequence[Row]) -> None:
+    for metric, key in (
+        (names.ADMIT_CHECKS, "checks"),
+        (names.ADMIT_CHECK_FAILURES, "failures"),
+        (names.ADMIT_CHECKS_SKIPPED, "skipped"),
+    ):
+        text.add(metric, [((row["service"],), row[key]) for row in rows])
+    text.add(names.ADMIT_CHECKS_FAILING, [((row["service"],), len(row["failing"])) for row in rows])
+
+
+def _attempts(text: Text, rows: Sequence[Row]) -> None:
     places = [(row["service"], row["endpoint"]) for row in rows]
     for metric, key in (
         (names.BALANCE_REQUESTS, "requests"),
@@ -161,7 +214,13 @@ def _attempts(text: _Text, rows: Sequence[Row]) -> None:
         (names.ADMIT_EJECTIONS, "ejections"),
     ):
         text.add(metric, [(at, row[key]) for at, row in zip(places, rows, strict=True) if key in row])
-    text.add(names.BALANCE_RESPONSES, _codes(zip(places, rows, strict=True)))
+    text.add(names.BALANCE_RESPONSES, _outbound_codes(places, rows))
+    # A guard has one function, which weighs nothing and is nowhere.
+    known = [row for row in rows if not _is_guard(row)]
+    text.add(
+        names.BALANCE_WEIGHT, [((row["service"], row["endpoint"]), float(row["weight"])) for row in known if "weight" in row]
+    )
+    text.add(names.BALANCE_ENDPOINT, [((row["service"], row["endpoint"], row["zone"]), 1) for row in known if row.get("zone")])
     states = names.BREAKER_STATES
     text.add(
         names.ADMIT_BREAKER,
@@ -169,7 +228,7 @@ def _attempts(text: _Text, rows: Sequence[Row]) -> None:
     )
 
 
-def _inbound(text: _Text, readings: Readings) -> None:
+def _inbound(text: Text, readings: Readings) -> None:
     rows = readings.gate
     callers = [(row["service"], row["route"], row["method"], row["peer"]) for row in rows]
     for metric, key in (
@@ -197,6 +256,14 @@ def _is_used(row: Row) -> bool:
     return bool(row["requests"] or row["in_flight"] or row["ejections"] or row["breaker"] not in ("", "closed"))
 
 
+def _is_called(row: Row) -> bool:
+    return bool(row["requests"] or row["in_flight"] or row.get("pending") or any(row.get(key) for key in _REFUSALS.values()))
+
+
+def _is_guard(row: Row) -> bool:
+    return str(row["service"]).startswith("guard:")
+
+
 def _method(name: str) -> str:
     return name if name in names.KNOWN_METHODS or not name else names.OTHER_METHOD
 
@@ -205,12 +272,28 @@ def _http_word(code: str) -> str:
     return "none" if code == "0" else code
 
 
+def _guard_word(code: str) -> str:
+    """A function has no status: the engine is told 200 or one of 5xx in its place."""
+    return "none" if code == "0" else "ok" if code < "500" else "error"
+
+
 def _grpc_word(code: str) -> str:
     return names.GRPC_STATUSES[int(code)] if code.isdigit() and int(code) < len(names.GRPC_STATUSES) else code
 
 
 def _codes(rows: Iterable[tuple[Labels, Row]], word: Callable[[str], str] = _http_word) -> list[tuple[Labels, float]]:
-    return [((*at, word(str(code))), count) for at, row in rows for code, count in row["codes"].items()]
+    counts: dict[Labels, float] = {}
+    for at, row in rows:
+        for code, count in row["codes"].items():
+            key = (*at, word(str(code)))
+            counts[key] = counts.get(key, 0) + count
+    return list(counts.items())
+
+
+def _outbound_codes(places: Sequence[Labels], rows: Sequence[Row]) -> list[tuple[Labels, float]]:
+    pairs = list(zip(places, rows, strict=True))
+    calls = _codes(pair for pair in pairs if not _is_guard(pair[1]))
+    return calls + _codes((pair for pair in pairs if _is_guard(pair[1])), _guard_word)
 
 
 def _summed(jobs: Sequence[tuple[str, int, int]], place: int) -> dict[str, int]:
@@ -231,72 +314,3 @@ def _merge(into: dict[Labels, Histogram], at: Labels, row: Row) -> None:
         counts = [a + b for a, b in zip(before, counts, strict=True)]
         total += sum_before
     into[at] = (counts, total)
-
-
-# ---------------------------------------------------------------------- how it is written
-
-
-class _Text:
-    """The text as it grows, a family at a time."""
-
-    def __init__(self, is_openmetrics: bool) -> None:
-        self._is_openmetrics = is_openmetrics
-        self._lines: list[str] = []
-
-    def add(self, metric: Metric, samples: Iterable[tuple[Labels, float]]) -> None:
-        """A counter or gauge; without samples it has no line at all."""
-        heads = [(metric.name + _labels(metric.labels, values), value) for values, value in samples]
-        if heads:
-            self._head(metric)
-            self._lines += [f"{head} {_number(value)}" for head, value in heads]
-
-    def add_histograms(self, metric: Metric, histograms: Mapping[Labels, Histogram]) -> None:
-        if histograms:
-            self._head(metric)
-        for values, (counts, total) in histograms.items():
-            inner = _labels(metric.labels, values)[1:-1]
-            front = f"{metric.name}_bucket{{{inner}{',' if inner else ''}le="
-            count = 0
-            for bound, more in zip((*map(_number, BOUNDS), "+Inf"), counts, strict=True):
-                count += more
-                self._lines.append(f'{front}"{bound}"}} {count}')
-            closed = f"{{{inner}}}" if inner else ""
-            self._lines.append(f"{metric.name}_sum{closed} {_number(total)}")
-            self._lines.append(f"{metric.name}_count{closed} {count}")
-
-    def end(self) -> str:
-        return "\n".join(self._lines) + "\n" + (OPENMETRICS_END if self._is_openmetrics else "")
-
-    def _head(self, metric: Metric) -> None:
-        name = metric.name
-        if self._is_openmetrics and metric.kind == "counter":
-            name = name.removesuffix("_total")
-        self._lines.append(f"# TYPE {name} {metric.kind}")
-        if self._is_openmetrics and metric.unit:
-            self._lines.append(f"# UNIT {name} {metric.unit}")
-        self._lines.append(f"# HELP {name} {_help(metric.help, self._is_openmetrics)}")
-
-
-_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", '"': '\\"'})
-
-
-def _labels(names_of: Labels, values: Labels) -> str:
-    if not names_of:
-        return ""
-    pairs = ",".join(f'{name}="{str(value).translate(_ESCAPES)}"' for name, value in zip(names_of, values, strict=True))
-    return "{" + pairs + "}"
-
-
-def _help(text: str, is_openmetrics: bool) -> str:
-    text = text.replace("\\", "\\\\").replace("\n", "\\n")
-    return text.replace('"', '\\"') if is_openmetrics else text
-
-
-def _number(value: float) -> str:
-    if isinstance(value, int):
-        return str(int(value))
-    if math.isnan(value):
-        return "NaN"
-    if value in (float("inf"), float("-inf")):
-        return "+Inf" if value > 0 else "-Inf"
-    return repr(value)

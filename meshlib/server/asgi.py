@@ -18,7 +18,7 @@ from .._native import core
 from ..call import Peer
 from ..errors import MeshError, Refused
 from .door import PEER
-from .way import NO_STATUS, PLAIN, PLAIN_TLS, InboundWay, end_deadline, frozen, problem, step_in, step_out
+from .way import NO_RETRY, NO_STATUS, PLAIN, PLAIN_TLS, InboundWay, end_deadline, frozen, problem, step_in, step_out
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -52,7 +52,7 @@ class MeshASGI:
         method = scope["method"] if is_http else "GET"
         peer = peer_of(scope)
         headers = scope["headers"]
-        kept, layer = frozen(headers)
+        kept = frozen(headers)
         entry = way.enter(method, target_of(scope), headers, peer)
         span = way.span(method, entry, headers, peer)
         if entry.status:
@@ -61,7 +61,7 @@ class MeshASGI:
             await (_refuse if is_http else _refuse_websocket)(scope, receive, send, entry)
             return
         exchange = Exchange(way, entry, send)
-        tokens = step_in(peer, entry, entry.deadline, layer)
+        tokens = step_in(peer, entry, entry.deadline, entry.layer)
         error: BaseException | None = None
         try:
             await self.app(
@@ -96,7 +96,10 @@ class MeshASGI:
 
 
 class Exchange:
-    """The way back of one call: what the application sends, on its way to the server. It sees status and end, and changes nothing."""
+    """The way back of one call: what the application sends, on its way to the server. It sees status and end.
+
+    It changes nothing, but for one header of a failure that is not to be repeated.
+    """
 
     __slots__ = ("_entry", "_is_over", "_send", "_way", "status")
 
@@ -117,6 +120,8 @@ class Exchange:
                 end_deadline()
         elif kind == "http.response.start":
             self.status = message["status"]
+            if self.status >= 500 and self._entry.is_spent:
+                message = {**message, "headers": [*message.get("headers", ()), NO_RETRY]}
         elif not self.status:
             if kind == "websocket.accept":
                 self.status = 101

@@ -24,7 +24,7 @@ import grpc
 import grpc.aio
 
 from meshlib._native import core
-from meshlib.call import HEADER_ATTEMPT, Peer
+from meshlib.call import ENVOY_ATTEMPT, HEADER_ATTEMPT, STATE, Peer
 
 from .way import PLAIN, PLAIN_TLS, InboundWay, shown, step_in, step_out
 
@@ -121,11 +121,20 @@ def _read_metadata(metadata: Any) -> tuple[int, list[tuple[bytes, bytes]]]:
     carriers: list[tuple[bytes, bytes]] = []
     for key, value in metadata or ():
         if key == HEADER_ATTEMPT:
-            # What can't be read counts as a retry: then we don't retry too.
-            layer = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 4 else 1
+            layer = max(layer, _attempt(value))
+        elif key == ENVOY_ATTEMPT:
+            layer = max(layer, _attempt(value) - 1)
         elif key in CARRIERS and isinstance(value, str):
             carriers.append((key.encode(), value.encode("latin-1", "replace")))
+            if key == "tracestate":
+                members = (member.strip().partition("=") for member in value.split(","))
+                layer = max(layer, next((_attempt(said) for name, _, said in members if name == STATE), 0))
     return layer, carriers
+
+
+def _attempt(value: Any) -> int:
+    """What can't be read counts as a retry: then we don't retry too."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 4 else 1
 
 
 class Visit:

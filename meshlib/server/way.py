@@ -21,7 +21,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from .._native import core
-from ..call import HEADER_ATTEMPT, Peer, current_deadline, current_entry, current_layer, current_peer
+from ..call import HEADER_NO_RETRY, Peer, current_deadline, current_entry, current_layer, current_peer
 from ..errors import ListenError
 
 if TYPE_CHECKING:
@@ -119,7 +119,10 @@ class InboundWay:
 
 
 def step_in(peer: Peer, entry: core.Entry, deadline: float | None, layer: int) -> Tokens:
-    """Set the context of a handler, all of it: a server may run a call in the context of another, which must not show."""
+    """Set the context of a handler, all of it: a server may run a call in the context of another, which must not show.
+
+    `layer`: in which attempt of our caller we run; above 0 our own calls aren't retried.
+    """
     return (
         current_peer.set(peer),
         current_entry.set(entry),
@@ -162,7 +165,10 @@ _FAMILIES: Final = (
     *(b"x-forwarded-client-cert", b"x-forwarded-tls-", b"x-auth-request-", b"x-amzn-oidc-", b"x-goog-authenticated-"),
     *(b"x-original-", b"x-rewrite-"),
 )
-_ATTEMPT: Final = HEADER_ATTEMPT.encode()
+
+
+# Of a failed answer whose handler has tried all that may be tried: whoever called us had better not try it again.
+NO_RETRY: Final = (HEADER_NO_RETRY.encode(), b"1")
 
 
 class _Names(dict[bytes, bool]):
@@ -180,20 +186,12 @@ class _Names(dict[bytes, bool]):
 gets_in: Final = _Names()
 
 
-def frozen(headers: Headers) -> tuple[Headers, int]:
-    """The headers that the handler sees, as a list of its own, and in which attempt of our caller we run.
+def frozen(headers: Headers) -> Headers:
+    """The headers that the handler sees, as a list of its own.
 
     Headers are frozen when authorised: nothing that is done to the server's list later shows in this one.
     """
-    kept = [pair for pair in headers if gets_in[pair[0]]]
-    if len(kept) == len(headers):
-        return kept, 0
-    return kept, next((_layer(value) for name, value in headers if name == _ATTEMPT), 0)
-
-
-def _layer(value: bytes) -> int:
-    # What can't be read counts as a retry: then we don't retry too.
-    return int(value) if value.isdigit() and len(value) < 4 else 1
+    return [pair for pair in headers if gets_in[pair[0]]]
 
 
 # What a caller is told who is refused: which kind of refusal, and nothing about rules. RFC 9457. Who runs the service has the log.

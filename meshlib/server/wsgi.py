@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from .._native import core
 from ..call import Peer
 from .door import PEER
-from .way import NO_STATUS, PLAIN, PLAIN_TLS, Headers, InboundWay, Tokens, frozen, problem, step_in, step_out
+from .way import NO_RETRY, NO_STATUS, PLAIN, PLAIN_TLS, Headers, InboundWay, Tokens, frozen, problem, step_in, step_out
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -29,6 +29,8 @@ Environ = dict[str, Any]
 # Where the environ says that the call has been let in, by which gate, and as what.
 GATE = "meshlib.gate"
 ENTRY = "meshlib.entry"
+# The mark of `NO_RETRY`, in this interface's spelling.
+_NO_RETRY: Final = (NO_RETRY[0].decode(), NO_RETRY[1].decode())
 
 
 class MeshWSGI:
@@ -51,7 +53,7 @@ class MeshWSGI:
             environ.pop("HTTP_SCRIPT_NAME", None)
             environ.pop("HTTP_PATH_INFO", None)
         headers = headers_of(environ)
-        kept, layer = frozen(headers)
+        kept = frozen(headers)
         entry = way.enter(method, target_of(environ), headers, peer)
         status, reason = entry.status, entry.reason
         prefix = environ.get("SCRIPT_NAME", "")
@@ -66,7 +68,7 @@ class MeshWSGI:
             return _refuse(method, status, reason, start_response)
         environ = _frozen_environ(environ, entry, prefix, headers, kept)
         environ[GATE] = way.gate
-        exchange = Exchange(way, entry, start_response, span, step_in(peer, entry, entry.deadline, layer))
+        exchange = Exchange(way, entry, start_response, span, step_in(peer, entry, entry.deadline, entry.layer))
         try:
             body = self.app(environ, exchange)
         except BaseException as error:
@@ -84,7 +86,10 @@ class MeshWSGI:
 
 
 class Exchange:
-    """The way back of one call: `start_response` as the application sees it. It sees the status, and changes nothing."""
+    """The way back of one call: `start_response` as the application sees it. It sees the status.
+
+    It changes nothing, but for one header of a failure that is not to be repeated.
+    """
 
     __slots__ = ("_entry", "_is_over", "_span", "_start_response", "_tokens", "_way", "status")
 
@@ -102,6 +107,8 @@ class Exchange:
     ) -> Callable[[bytes], object]:
         with contextlib.suppress(ValueError):
             self.status = int(status[:3])
+        if self.status >= 500 and self._entry.is_spent:
+            headers = [*headers, _NO_RETRY]
         return self._start_response(status, headers) if exc_info is None else self._start_response(status, headers, exc_info)
 
     def end(self, error: BaseException | None) -> None:

@@ -103,6 +103,8 @@ def mute() -> Iterator[str]:
 class Recorded:
     """A carrier that moves nothing: it notes the attempts, and does what the test says."""
 
+    can_overlap = True
+
     def __init__(self, do: Callable[[Attempt], Reply]) -> None:
         self.attempts: list[Attempt] = []
         self._do = do
@@ -161,22 +163,25 @@ async def test_a_post_is_not_sent_twice_when_tls_breaks_under_its_answer(tmp_pat
     assert [request.body for request in server.requests] == [b"pay 100"]
 
 
-async def test_a_body_that_was_begun_is_never_sent_again(tmp_path: Path) -> None:
-    """Its first piece is gone, even where the error says that nothing was written."""
+async def test_a_streamed_body_is_sent_again_only_while_all_of_it_is_here(tmp_path: Path) -> None:
+    """Beyond 64 KiB its beginning is gone, even where the error says that nothing was written."""
 
-    def begun(attempt: Attempt) -> Reply:
-        attempt.is_drawn = True
+    def drawn(attempt: Attempt) -> Reply:
+        taken.append(b"".join(attempt.body))  # type: ignore[arg-type]
         raise errors.ConnectFailed("no")
 
     def untouched(attempt: Attempt) -> Reply:
         raise errors.ConnectFailed("no")
 
     with mesh_of(tmp_path, at("127.0.0.1:1", "127.0.0.1:2")) as mesh:
-        for do, times in ((begun, 1), (untouched, 2)):
+        for do, body, times in ((drawn, [b"a", b"b"], 2), (drawn, [bytes(40_000)] * 2, 1), (untouched, [bytes(40_000)] * 2, 2)):
+            taken: list[bytes] = []
             carrier = Recorded(do)
+            carrier.can_overlap = False
             with pytest.raises(errors.ConnectFailed):
-                await mesh.outbound.send(carrier, "orders", "PUT", "/", [(b"host", b"orders")], iter([b"a"]))
+                await mesh.outbound.send(carrier, "orders", "PUT", "/", [(b"host", b"orders")], iter(body))
             assert len(carrier.attempts) == times
+            assert taken == [b"".join(body)] * (times if do is drawn else 0)
         assert sum(row["in_flight"] for row in mesh.engine.stats(0.0)) == 0
 
 

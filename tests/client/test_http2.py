@@ -282,7 +282,7 @@ def test_upload_goes_as_fast_as_the_peer_reads(kind: str) -> None:
                 got += (await peer.hear(h2.events.DataReceived)).data
             await asyncio.sleep(0.05)
             # Four are in the window but for a byte, and the fourth waits.
-            assert (len(got), body.drawn, given.is_drawn, call.done()) == (65_535, 4, True, False)
+            assert (len(got), body.drawn, call.done()) == (65_535, 4, False)
             while len(got) < 1024 * 1024:
                 peer.h2.acknowledge_received_data(65_535 if len(got) % 65_535 == 0 else len(got) % 65_535, stream)
                 peer.flush()

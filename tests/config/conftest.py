@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _silent_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MESHLIB_CONFIG", "MESHLIB_SERVICE", "MESHLIB_DEV"):
+    for name in ("MESHLIB_CONFIG", "MESHLIB_SERVICE", "MESHLIB_DEV", "MESHLIB_ZONE"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -16,10 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meshlib._native import core
-from meshlib.config import load
+from meshlib.config import json_schema, load
+from meshlib.config.text import parse
 from meshlib.errors import ConfigError, Problem
 
-GOLDEN = yaml.safe_load((Path(__file__).parent / "golden" / "mesh.yaml").read_text())
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+# Read as meshlib reads it: for PyYAML the words `on` and `off` would be true and false.
+GOLDEN = _plain(parse((Path(__file__).parent / "golden" / "mesh.yaml").read_text(), "golden").value)
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -51,10 +60,28 @@ VALUES = st.one_of(
             "spiffe://a/b",
             "GET",
             "x",
+            "off",
+            "gradient",
+            "ring_hash",
+            "redis",
+            "local",
+            "route",
         ]
     ),
-    st.sampled_from([[], {}, [[]], [{}], {"a": 1}, {"labels": {"version": "v1"}}, ["*"], ["127.0.0.1:1"], [1, 2]]),
+    st.sampled_from(
+        [[], {}, [[]], [{}], {"a": 1}, {"labels": {"version": "v1"}}, ["*"], ["127.0.0.1:1"], [1, 2], [{"path": "id"}]]
+    ),
 )
+
+
+def test_every_section_of_the_schema_is_in_the_golden_file() -> None:
+    """What the file doesn't hold, nothing below could damage."""
+    schema = json_schema()
+    used: set[str] = set()
+    for path in PLACES:
+        used |= {part for part in path if isinstance(part, str)}
+    keys = {key for item in schema["$defs"].values() for key in item.get("properties", {})} | set(schema["properties"])
+    assert keys - used == set()
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

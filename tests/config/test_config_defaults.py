@@ -59,6 +59,45 @@ def test_every_default_lies_in_its_range_and_has_a_reason() -> None:
         ("admit.breaker.minimum_calls", 5),
         ("admit.breaker.open", (1.0, 60.0)),
         ("admit.breaker.max_ejected", 0.5),
+        ("retry.on", ("connect", "refused_stream", "reset", "timeout", "protocol", "identity", "status")),
+        ("retry.per_try", 0.0),
+        ("retry.hedge", False),
+        ("retry.hedge_quantile", 0.95),
+        ("retry.hedge_share", 0.02),
+        ("retry.hedge_least", 0.001),
+        ("balance.weights", "discover"),
+        ("balance.orca.blackout", 10.0),
+        ("balance.orca.expiry", 180.0),
+        ("balance.orca.error_penalty", 1.0),
+        ("balance.slow_start", 10.0),
+        ("balance.slow_start_least", 0.1),
+        ("balance.hash_on", ()),
+        ("balance.hash_bound", 0.0),
+        ("balance.ring_size", 1024),
+        ("balance.table_size", 65537),
+        ("balance.locality", "zone_aware"),
+        ("balance.zones", ()),
+        ("balance.overprovisioning", 1.4),
+        ("balance.zone_aware_from", 6),
+        ("admit.pending", 0),
+        ("admit.breaker.slow", 0.0),
+        ("admit.breaker.slow_rate", 0.5),
+        ("admit.adaptive", "off"),
+        ("admit.adaptive_limits.initial", 20),
+        ("admit.adaptive_limits.least", 4),
+        ("admit.adaptive_limits.most", 1000),
+        ("admit.throttle", 0.0),
+        ("admit.throttle_window", 30.0),
+        ("admit.rate.per", 1.0),
+        ("admit.rate.by", ("service",)),
+        ("admit.rate.store", "local"),
+        ("admit.rate.on_failure", "local"),
+        ("admit.check.path", "/healthz"),
+        ("admit.check.every", 10.0),
+        ("admit.check.timeout", 1.0),
+        ("admit.check.failures", 3),
+        ("admit.check.successes", 2),
+        ("stores.timeout", 0.05),
         ("egress", "allow"),
     ],
 )
@@ -74,12 +113,20 @@ def test_the_schema_is_a_json_schema_of_the_whole_file() -> None:
     assert schema["required"] == ["mesh", "secure", "services"]
     assert schema["additionalProperties"] is False
     definitions = schema["$defs"]
-    assert all(item["additionalProperties"] is False for item in definitions.values() if item["type"] == "object")
+    objects = {name: item["additionalProperties"] for name, item in definitions.items() if item["type"] == "object"}
+    # What a store wants to know is its own affair.
+    assert objects == {name: name == "Store" for name in objects}
     attempts = definitions["Retry"]["properties"]["attempts"]
     assert (attempts["minimum"], attempts["maximum"], attempts["default"]) == (0, 5, 1)
     assert schema["properties"]["deadline"]["anyOf"][0] == {"type": "number", "minimum": 0.001, "maximum": 3600}
     assert schema["properties"]["deadline"]["anyOf"][1]["type"] == "string"
     assert "from" in definitions["Rule"]["properties"]
+    by = definitions["Rate"]["properties"]["by"]
+    assert (by["default"], by["items"]["anyOf"][1]["enum"]) == (["service"], ["service", "route", "peer"])
+    assert {"$ref": "#/$defs/Sticky"} in definitions["Balance"]["properties"]["sticky"]["anyOf"]
+    assert {"const": "off", "type": "string"} in definitions["Balance"]["properties"]["sticky"]["anyOf"]
+    assert definitions["Balance"]["properties"]["hash_on"]["items"] == {"$ref": "#/$defs/HashPart"}
+    assert definitions["Retry"]["properties"]["on"]["items"]["enum"] == list(TABLE["retry.on"].value)
     assert definitions["Secure"]["properties"]["mode"]["enum"] == ["observe", "permissive", "enforce"]
     assert "default" not in definitions["Secure"]["properties"]["mode"]
 
@@ -106,9 +153,9 @@ def test_the_schema_and_the_models_know_the_same_keys() -> None:
             for key, item in value.items():
                 steps = [way["properties"][key] for way in ways if key in way.get("properties", {})]
                 steps += [way["additionalProperties"] for way in ways if isinstance(way.get("additionalProperties"), dict)]
-                if not steps:
+                if not steps and not any(way.get("additionalProperties") is True for way in ways):
                     missing.append(f"{path}.{key}")
-                else:
+                elif steps:
                     follow(item, steps[0], f"{path}.{key}")
         elif isinstance(value, tuple):
             items = [way["items"] for way in ways if isinstance(way.get("items"), dict)]
@@ -190,15 +237,105 @@ def _warnings(file: Path, service: str | None = None) -> list[tuple[int, str]]:
             "services.web.route[0].backends",
             "labels without discover",
         ),
+        *(
+            (f"web: {{{section}}}", 4, f"services.web.{key}", message)
+            for section, key, message in [
+                ("retry: {on: [connect], statuses: [503]}", "retry.statuses", "without status under `on`"),
+                ("retry: {hedge_share: 0.1}", "retry.hedge_share", "without hedge: true"),
+                ("retry: {hedge_quantile: 0.9}", "retry.hedge_quantile", "without hedge: true"),
+                ("retry: {hedge_least: 5ms}", "retry.hedge_least", "without hedge: true"),
+                ("retry: {per_try: 15s}", "retry.per_try", "never ends an attempt"),
+                ("route: [{deadline: 1s, retry: {per_try: 2s}}]", "route[0].retry.per_try", "never ends an attempt"),
+                ("route: [{match: {methods: [POST]}, retry: {hedge: true}}]", "route[0].retry.hedge", "hedge without effect"),
+                ("protocol: grpc, retry: {hedge: true, idempotency_key: true}", "retry.hedge", "hedge is not for gRPC yet"),
+                ("protocol: grpc, retry: {per_try: 1s}", "retry.per_try", "per_try is not for gRPC yet"),
+                ("protocol: grpc, route: [{retry: {per_try: 1s}}]", "route[0].retry.per_try", "per_try is not for gRPC yet"),
+                ("protocol: grpc, balance: {sticky: {header: x}}", "balance.sticky", "sticky is not for gRPC yet"),
+                ("protocol: grpc, balance: {weights: orca}", "balance.weights", "weights is not for gRPC yet"),
+                ("balance: {orca: {expiry: 5s}}", "balance.orca", "without weights: orca"),
+                ("balance: {slow_start: 0, slow_start_least: 0.5}", "balance.slow_start_least", "without slow_start"),
+                ("balance: {hash_on: [{peer: true}]}", "balance.hash_on", "without policy: ring_hash or maglev"),
+                ("balance: {hash_bound: 1.5}", "balance.hash_bound", "without policy: ring_hash or maglev"),
+                ("balance: {ring_size: 9}", "balance.ring_size", "without policy: ring_hash"),
+                ("balance: {table_size: 11}", "balance.table_size", "without policy: maglev"),
+                ("balance: {zones: [a]}", "balance.zones", "without locality: failover"),
+                ("balance: {overprovisioning: 2}", "balance.overprovisioning", "without locality: failover"),
+                ("balance: {locality: failover, zone_aware_from: 3}", "balance.zone_aware_from", "without locality: zone_aware"),
+                (
+                    "balance: {policy: maglev, hash_on: [{peer: true}], locality: failover}",
+                    "balance.locality",
+                    "a key has one home, whoever asks",
+                ),
+                ("admit: {adaptive_limits: {most: 50}}", "admit.adaptive_limits", "without adaptive: gradient"),
+                ("admit: {throttle_window: 60s}", "admit.throttle_window", "without throttle: 2"),
+                ("admit: {rate: [{calls: 1, on_failure: open}]}", "admit.rate[0].on_failure", "without a store"),
+                ("admit: {check: {kind: grpc}}", "admit.check.kind", "speaks http, and is asked by grpc"),
+                ("protocol: grpc, admit: {check: {kind: http}}", "admit.check.kind", "speaks grpc, and is asked by http"),
+                ("admit: {check: {kind: tcp, path: /up}}", "admit.check.path", "a check by tcp has no path"),
+            ]
+        ),
+        (
+            "web: {}\nguards: {ledger: {admit: {throttle_window: 60s}}}",
+            5,
+            "guards.ledger.admit.throttle_window",
+            "without throttle: 2",
+        ),
+        ("web: {}\nbalance: {ring_size: 9}", 5, "balance.ring_size", "without policy: ring_hash"),
+        ("web: {protocol: grpc}\nretry: {per_try: 1s}", 5, "retry.per_try", "per_try is not for gRPC yet"),
+        (
+            "web: {protocol: grpc}\n  g: {protocol: grpc, retry: {per_try: 0}}\nretry: {per_try: 1s}",
+            6,
+            "retry.per_try",
+            "all services that follow speak it",
+        ),
+        ("web: {}\nretry: {per_try: 1h}", 5, "retry.per_try", "never ends an attempt"),
+        ("web: {}\nadmit: {rate: [{calls: 1, on_failure: open}]}", 5, "admit.rate[0].on_failure", "without a store"),
     ],
 )
 def test_what_is_inert_or_dangerous_is_a_warning(services: str, line: int, key: str, message: str, tmp_path: Path) -> None:
     """A warning never stops the load."""
     file = tmp_path / "mesh.yaml"
     file.write_text(f"mesh: m\nsecure: {{mode: enforce, identity: {{folder: x}}}}\nservices:\n  {services}\n")
-    found = [warning for warning in load(file).warnings if message in warning.message]
+    found = [warning for warning in load(file, service=services.partition(":")[0]).warnings if message in warning.message]
     assert [(line, key)] == [(warning.line, warning.key) for warning in found]
     assert all(warning.hint for warning in found)
+
+
+def test_what_grpc_does_not_do_is_no_warning_where_it_is_not_asked_for(tmp_path: Path) -> None:
+    """Neither what is off, nor what stands in the system for others, nor what gRPC does."""
+    file = tmp_path / "mesh.yaml"
+    file.write_text(
+        "mesh: m\nsecure: {mode: observe}\n"
+        "retry: {per_try: 1s, hedge: true}\nbalance: {sticky: {cookie: c}, weights: orca}\n"
+        "services:\n  web: {}\n  g:\n    protocol: grpc\n    retry: {per_try: 0, hedge: false}\n"
+        "    balance: {sticky: off, weights: discover, policy: maglev, hash_on: [{peer: true}]}\n"
+        "    admit: {rate: [{calls: 1, by: [peer]}]}\n"
+        "  h: {protocol: grpc}\n"
+    )
+    assert [warning for warning in load(file, service="web").warnings if "gRPC" in warning.message] == []
+
+
+def test_what_one_service_uses_is_not_inert(tmp_path: Path) -> None:
+    """A key of the system that only some services have a use for stands there for them."""
+    file = tmp_path / "mesh.yaml"
+    file.write_text(
+        "mesh: m\nsecure: {mode: observe}\n"
+        "balance: {hash_on: [{header: x-user}], ring_size: 99, zones: [a], orca: {expiry: 5s}, overprovisioning: 2}\n"
+        "admit: {adaptive_limits: {most: 50}, throttle_window: 1m}\n"
+        "retry: {hedge_share: 0.1, per_try: 10s}\n"
+        "services:\n"
+        "  a: {balance: {policy: ring_hash}, deadline: 1s}\n"
+        "  b: {balance: {locality: failover, weights: orca}, admit: {adaptive: gradient}, retry: {hedge: true}}\n"
+        "guards: {ledger: {admit: {throttle: 2}}}\n"
+    )
+    assert _warnings(file, "a") == [(2, "secure.mode")]
+
+
+def test_the_default_locality_of_a_hashing_service_is_no_warning(tmp_path: Path) -> None:
+    """Nobody has written it."""
+    file = tmp_path / "mesh.yaml"
+    file.write_text("mesh: m\nsecure: {mode: observe}\nservices: {a: {balance: {policy: maglev, hash_on: [{peer: true}]}}}\n")
+    assert _warnings(file) == [(2, "secure.mode")]
 
 
 def test_a_mode_that_all_share_is_one_warning(tmp_path: Path) -> None:

@@ -597,6 +597,320 @@ CASES: dict[str, tuple[str, str, str, str]] = {
         "1 to 253 characters",
         "",
     ),
+    "policy without a key": (
+        HEAD + SERVICES + "    balance: {policy: ring_hash}  #!\n",
+        "services.orders.balance.policy",
+        "ring_hash without hash_on",
+        "hash_on: [{header: x-user}]",
+    ),
+    "policy without a key after an override": (
+        HEAD + SERVICES + "    balance:\n      policy: maglev  #!\n      hash_on: []\n",
+        "services.orders.balance.policy",
+        "maglev without hash_on",
+        "hash_on",
+    ),
+    "hash on two things": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{header: x-user, cookie: a}]}  #!\n",
+        "services.orders.balance.hash_on[0]",
+        "header and cookie is given",
+        "exactly one of header, cookie, path, peer",
+    ),
+    "hash on nothing": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{}]}  #!\n",
+        "services.orders.balance.hash_on[0]",
+        "no condition is given",
+        "exactly one of",
+    ),
+    "hash on something unknown": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{heder: x-user}]}  #!\n",
+        "services.orders.balance.hash_on[0].heder",
+        "unknown key",
+        "did you mean 'header'?",
+    ),
+    "hash on a header with capitals": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{header: X-User}]}  #!\n",
+        "services.orders.balance.hash_on[0].header",
+        "holds capitals",
+        "x-user",
+    ),
+    "hash on a bad cookie": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{cookie: 'a=b'}]}  #!\n",
+        "services.orders.balance.hash_on[0].cookie",
+        "is not a cookie's name",
+        "session",
+    ),
+    "hash on a variable in braces": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{path: '{id}'}]}  #!\n",
+        "services.orders.balance.hash_on[0].path",
+        "is not a variable's name",
+        "/items/{id}",
+    ),
+    "hash on no peer": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{peer: false}]}  #!\n",
+        "services.orders.balance.hash_on[0].peer",
+        "false is not allowed",
+        "true",
+    ),
+    "hash on a variable of no route": (
+        HEAD
+        + SERVICES
+        + "    balance: {policy: maglev, hash_on: [{path: idd}]}  #!\n    route: [{match: {path: {template: '/items/{id}'}}}]\n",
+        "services.orders.balance.hash_on[0].path",
+        "no template of a route has {idd}",
+        "did you mean 'id'? variables there are: id",
+    ),
+    "bound just above the mean": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{peer: true}], hash_bound: 1.01}  #!\n",
+        "services.orders.balance.hash_bound",
+        "1.01 is out of range",
+        "0 (off), or 1.05 to 10",
+    ),
+    "ring of nothing": (
+        HEAD + SERVICES + "    balance: {policy: ring_hash, hash_on: [{peer: true}], ring_size: 0}  #!\n",
+        "services.orders.balance.ring_size",
+        "0 is out of range",
+        "1 to 8.38861e+06 points; default 1024",
+    ),
+    "table of no prime": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{peer: true}], table_size: 65536}  #!\n",
+        "services.orders.balance.table_size",
+        "65536 is not a prime",
+        "the next one is 65537",
+    ),
+    "table too large": (
+        HEAD + SERVICES + "    balance: {policy: maglev, hash_on: [{peer: true}], table_size: 5000012}  #!\n",
+        "services.orders.balance.table_size",
+        "5000012 is out of range",
+        "default 65537",
+    ),
+    "sticky by two things": (
+        HEAD + SERVICES + "    balance: {sticky: {cookie: a, header: b}}  #!\n",
+        "services.orders.balance.sticky",
+        "cookie and header is given",
+        "exactly one of cookie, header",
+    ),
+    "sticky by nothing": (
+        HEAD + SERVICES + "    balance: {sticky: {}}  #!\n",
+        "services.orders.balance.sticky",
+        "no condition is given",
+        "exactly one of cookie, header",
+    ),
+    "sticky by a word": (
+        HEAD + SERVICES + "    balance: {sticky: session}  #!\n",
+        "services.orders.balance.sticky",
+        "must be a mapping, not 'session'",
+        "",
+    ),
+    "locality mistyped": (
+        HEAD + SERVICES + "    balance: {locality: zoneaware}  #!\n",
+        "services.orders.balance.locality",
+        "'zoneaware' is not allowed",
+        "did you mean 'zone_aware'?",
+    ),
+    "zone without a name": (
+        HEAD + SERVICES + "    balance: {locality: failover, zones: [' ']}  #!\n",
+        "services.orders.balance.zones[0]",
+        "can't be a zone",
+        "eu-west-1a",
+    ),
+    "zone of a process": (
+        HEAD + SERVICES + "    zone: eu-1  #!\n",
+        "services.orders.zone",
+        "unknown key",
+        "MESHLIB_ZONE",
+    ),
+    "overprovisioning below 1": (
+        HEAD + SERVICES + "    balance: {locality: failover, overprovisioning: 0.9}  #!\n",
+        "services.orders.balance.overprovisioning",
+        "0.9 is out of range",
+        "1 to 100; default 1.4",
+    ),
+    "orca mistyped": (
+        HEAD + SERVICES + "    balance: {weights: orca, orca: {black_out: 5s}}  #!\n",
+        "services.orders.balance.orca.black_out",
+        "unknown key",
+        "did you mean 'blackout'?",
+    ),
+    "slow start from nothing": (
+        HEAD + SERVICES + "    balance: {slow_start_least: 0}  #!\n",
+        "services.orders.balance.slow_start_least",
+        "out of range",
+        "0.001 to 1; default 0.1",
+    ),
+    "throttle of all": (
+        HEAD + SERVICES + "    admit: {throttle: 1}  #!\n",
+        "services.orders.admit.throttle",
+        "1 is out of range",
+        "0 (off), or 1.1 to 10",
+    ),
+    "slow rate of nothing": (
+        HEAD + SERVICES + "    admit: {breaker: {slow_rate: 0.2}}  #!\n",
+        "services.orders.admit.breaker.slow_rate",
+        "slow_rate without slow",
+        "slow: 1s",
+    ),
+    "limits that fall": (
+        HEAD + SERVICES + "    admit: {adaptive: gradient, adaptive_limits: {least: 30}}  #!\n",
+        "services.orders.admit.adaptive_limits",
+        "least 30, initial 20, most 1000 don't rise",
+        "least <= initial <= most",
+    ),
+    "adaptive is no switch": (
+        HEAD + SERVICES + "    admit: {adaptive: true}  #!\n",
+        "services.orders.admit.adaptive",
+        "true is not allowed",
+        "one of off, gradient",
+    ),
+    "check slower than its interval": (
+        HEAD + SERVICES + "    admit: {check: {every: 500ms}}  #!\n",
+        "services.orders.admit.check.every",
+        "timeout 1 s is not below every 0.5 s",
+        "timeout below every",
+    ),
+    "check of another kind": (
+        HEAD + SERVICES + "    admit: {check: {kind: https}}  #!\n",
+        "services.orders.admit.check.kind",
+        "'https' is not allowed",
+        "did you mean 'http'?",
+    ),
+    "check of no path": (
+        HEAD + SERVICES + "    admit: {check: {path: healthz}}  #!\n",
+        "services.orders.admit.check.path",
+        "can't be asked for",
+        "/healthz",
+    ),
+    "check by its usual name": (
+        HEAD + SERVICES + "    admit: {health_check: {}}  #!\n",
+        "services.orders.admit.health_check",
+        "unknown key",
+        "did you mean 'check'?",
+    ),
+    "rate without calls": (
+        HEAD + SERVICES + "    admit: {rate: [{per: 1s}]}  #!\n",
+        "services.orders.admit.rate[0].calls",
+        "is missing",
+        "No default",
+    ),
+    "rate of no calls": (
+        HEAD + SERVICES + "    admit: {rate: [{calls: 0}]}  #!\n",
+        "services.orders.admit.rate[0].calls",
+        "0 is out of range",
+        "1 to 1000000000",
+    ),
+    "rate by something unknown": (
+        HEAD + SERVICES + "    admit: {rate: [{calls: 1, by: [rout]}]}  #!\n",
+        "services.orders.admit.rate[0].by[0]",
+        "'rout' is not allowed",
+        "did you mean 'route'?",
+    ),
+    "rate by nothing": (
+        HEAD + SERVICES + "    admit: {rate: [{calls: 1, by: []}]}  #!\n",
+        "services.orders.admit.rate[0].by",
+        "is empty",
+        "at least one",
+    ),
+    "rate by two things at once": (
+        HEAD + SERVICES + "    admit: {rate: [{calls: 1, by: [{header: x-a, peer: true}]}]}  #!\n",
+        "services.orders.admit.rate[0].by[0]",
+        "peer and header is given",
+        "exactly one of",
+    ),
+    "rate by a header with an underscore": (
+        HEAD + SERVICES + "    admit: {rate: [{calls: 1, by: [{header: x_tenant}]}]}  #!\n",
+        "services.orders.admit.rate[0].by[0].header",
+        "underscore",
+        "hyphens",
+    ),
+    "rate in no store": (
+        HEAD + SERVICES + "    admit: {rate: [{calls: 1, store: redis}]}  #!\n",
+        "services.orders.admit.rate[0].store",
+        "the store 'redis' is not configured",
+        "stores: {redis: {url: …}}",
+    ),
+    "rate in a mistyped store": (
+        HEAD + SERVICES + "    admit: {rate: [{calls: 1, store: redsi}]}  #!\nstores: {redis: {url: a}}\n",
+        "services.orders.admit.rate[0].store",
+        "is not configured",
+        "did you mean 'redis'?",
+    ),
+    "rates of one name": (
+        HEAD + SERVICES + "    admit:\n      rate:\n        - {name: a, calls: 1}\n        - {name: a, calls: 2}  #!\n",
+        "services.orders.admit.rate[1].name",
+        "another rate is called 'a'",
+        "by name",
+    ),
+    "condition mistyped": (
+        HEAD + SERVICES + "    retry: {on: [conect]}  #!\n",
+        "services.orders.retry.on[0]",
+        "'conect' is not allowed",
+        "did you mean 'connect'?",
+    ),
+    "no condition": (
+        HEAD + SERVICES + "    route: [{retry: {on: []}}]  #!\n",
+        "services.orders.route[0].retry.on",
+        "is empty",
+        "at least one",
+    ),
+    "attempt without an end": (
+        HEAD + SERVICES + "    retry: {per_try: -1}  #!\n",
+        "services.orders.retry.per_try",
+        "-1.0 is out of range",
+        "0 to 3600 s",
+    ),
+    "hedge of the median": (
+        HEAD + SERVICES + "    route: [{retry: {hedge: true, hedge_quantile: 0.4}}]  #!\n",
+        "services.orders.route[0].retry.hedge_quantile",
+        "0.4 is out of range",
+        "0.5 to 0.999; default 0.95",
+    ),
+    "guard of everything": (
+        HEAD + SERVICES + "guards: {'*': {deadline: 1s}}  #!\n",
+        "guards.*",
+        "can't be a guard",
+        "@mesh.guard",
+    ),
+    "guard with statuses": (
+        HEAD + SERVICES + "guards: {ledger: {retry: {statuses: [503]}}}  #!\n",
+        "guards.ledger.retry.statuses",
+        "unknown key",
+        "attempts, backoff, idempotent",
+    ),
+    "guard with a connection": (
+        HEAD + SERVICES + "guards: {ledger: {admit: {connect: 1s}}}  #!\n",
+        "guards.ledger.admit.connect",
+        "unknown key",
+        "in_flight",
+    ),
+    "guard counted by a header": (
+        HEAD + SERVICES + "guards: {ledger: {admit: {rate: [{calls: 1, by: [{header: x-a}]}]}}}  #!\n",
+        "guards.ledger.admit.rate[0].by[0]",
+        "a function has no headers",
+        "service",
+    ),
+    "guard counted in a store": (
+        HEAD + SERVICES + "stores: {redis: {url: a}}\nguards: {ledger: {admit: {rate: [{calls: 1, store: redis}]}}}  #!\n",
+        "guards.ledger.admit.rate[0].store",
+        "counted in its own process",
+        "leave store out",
+    ),
+    "guard whose limits fall": (
+        HEAD + SERVICES + "guards: {ledger: {admit: {adaptive: gradient, adaptive_limits: {most: 10}}}}  #!\n",
+        "guards.ledger.admit.adaptive_limits",
+        "don't rise",
+        "least <= initial",
+    ),
+    "store of the name local": (
+        HEAD + SERVICES + "stores:\n  local: {url: a}  #!\n",
+        "stores.local",
+        "local is no store",
+        "redis",
+    ),
+    "store out of time": (
+        HEAD + SERVICES + "stores: {redis: {timeout: 1h}}  #!\n",
+        "stores.redis.timeout",
+        "what stands here is out of range",
+        "0.001 to 10 s; default 0.05",
+    ),
     "duplicate key": (
         HEAD + SERVICES + "  orders:  #!\n    listen: 127.0.0.1:1\n",
         "services.orders",
@@ -652,6 +966,136 @@ def test_five_mistakes_are_five_problems(write: Callable[..., Path]) -> None:
     ]
     assert expected == [(problem.line, problem.key) for problem in problems]
     assert all(problem.hint for problem in problems)
+
+
+def test_mistakes_show_only_where_levels_meet(write: Callable[..., Path]) -> None:
+    """System and service are read as one; each mistake is told once, where the last word was said."""
+    file = write("""\
+        mesh: shop
+        secure: {mode: observe}
+        balance:
+          policy: ring_hash
+          hash_on: [{path: id}]
+        admit:
+          breaker: {slow_rate: 0.2}
+          adaptive_limits: {least: 10}
+          check: {timeout: 5s}
+        services:
+          a:
+            admit:
+              adaptive_limits: {initial: 5}
+              check: {every: 2s}
+          b: {}
+          c: {balance: {hash_on: []}}
+        """)
+    expected = [
+        (4, "balance.policy"),
+        (5, "balance.hash_on[0].path"),
+        (7, "admit.breaker.slow_rate"),
+        (13, "services.a.admit.adaptive_limits"),
+        (14, "services.a.admit.check.every"),
+    ]
+    assert expected == [(problem.line, problem.key) for problem in _problems(file, service="a")]
+
+
+def test_what_a_service_adds_makes_the_system_right(write: Callable[..., Path]) -> None:
+    """No mistake where each one that follows has what is needed, or where a check is off."""
+    file = write("""\
+        mesh: shop
+        secure: {mode: observe}
+        balance: {policy: maglev, hash_on: [{path: id}]}
+        admit: {breaker: {slow_rate: 0.2}, check: {every: 500ms}}
+        services:
+          a:
+            route: [{match: {path: {template: "/{id}"}}}]
+            admit: {breaker: {slow: 1s}, check: off}
+          b: {balance: {hash_on: [{header: x-user}]}, admit: {check: {timeout: 300ms}}}
+          c: {admit: {check: {timeout: 200ms}}}
+        """)
+    config = load(file, service="a")
+    assert [one.check and one.check.timeout for one in config.services.values()] == [None, 0.3, 0.2]
+
+
+def test_a_mistake_of_the_system_is_told_once(write: Callable[..., Path]) -> None:
+    """However many services inherit it."""
+    file = write("""\
+        mesh: shop
+        secure: {mode: observe}
+        balance: {policy: ring_hash}
+        services: {a: {}, b: {}}
+        """)
+    assert [(problem.line, problem.key) for problem in _problems(file, service="a")] == [(3, "balance.policy")]
+
+
+def test_a_password_is_in_no_mistake(write: Callable[..., Path]) -> None:
+    """What stands under `stores` is never shown, whatever is wrong with it."""
+    for stores in ("redis: 'redis://:hunter2@h'", "redis: ['hunter2']", "redis: {url: [hunter2]}"):
+        problems = _problems(write(HEAD + SERVICES + f"stores: {{{stores}}}\n"), service="orders")
+        assert len(problems) == 1
+        assert "hunter2" not in str(problems[0])
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "stores: {redis: {url: 'redis://x', timeout: hunter2}}",
+        "stores: {redis: {url: 'redis://x', timeout: 'redis://:hunter2@h'}}",
+        "stores: {'redis://:hunter2@h:6379/0': {}}",
+        "stores: {'redis://h?password=hunter2': {url: 7}}",
+        "stores: {'redis://:hunter2@h': {}, 'redis://:hunter2@h': {}}",
+        "stores: {redis: {'redis://:hunter2@h':}}",
+        "stores: {rediss: {url: 'redis://x', timeout: 1m}}\nadmit: {rate: [{calls: 1, store: 'redis://:hunter2@h'}]}",
+        "admit: {rate: [{calls: 1, store: 'default:hunter2@h:6379'}]}",
+        f"admit: {{rate: [{{calls: 1, store: 'redis://{'x' * 30}:hunter2{'x' * 30}@h'}}]}}",
+        "admit: {rate: 'redis://:hunter2@h'}",
+        "deadline: 'redis://:hunter2@h'",
+        "egress: 'redis://:p@hunter2@h'",
+        f"retry: 'redis://:{'x' * 30}hunter2{'x' * 30}@h'",
+        "'redis://:hunter2@h': 1",
+    ],
+)
+def test_a_password_is_shown_nowhere_that_people_put_a_url(tail: str, write: Callable[..., Path]) -> None:
+    """As a key, in place of a store's name, of a time, of a section; the mistake is told all the same."""
+    problems = _problems(write(HEAD + SERVICES + tail + "\n"), service="orders")
+    assert problems
+    assert "hunter2" not in "".join(map(str, problems))
+
+
+def test_what_grpc_does_not_count_is_no_limit(write: Callable[..., Path]) -> None:
+    """A limit that would hold nobody is a mistake, also one of the system; one of its own takes that one's place."""
+    file = write("""\
+        mesh: shop
+        secure: {mode: observe}
+        stores: {redis: {url: "redis://host"}}
+        admit: {rate: [{calls: 9}, {calls: 1, store: redis}]}
+        services:
+          web: {}
+          a:
+            protocol: grpc
+          b: {protocol: grpc, admit: {rate: [{calls: 1}]}}
+          c: {protocol: grpc, admit: {rate: []}}
+          d:
+            protocol: grpc
+            admit: {rate: [{calls: 1, by: [peer], store: redis}]}
+        """)
+    problems = _problems(file, service="web")
+    assert [(problem.line, problem.key) for problem in problems] == [
+        (8, "services.a.protocol"),
+        (13, "services.d.admit.rate[0].store"),
+    ]
+    assert all("not counted in redis yet" in problem.message and "local" in problem.hint for problem in problems)
+    assert "admit.rate[1]" in problems[0].message
+
+
+def test_a_zone_of_the_process_is_checked(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no key of the file, and its mistakes are told like those of one."""
+    file = write("mesh: m\nsecure: {mode: observe}\nservices: {a: {}}\n")
+    monkeypatch.setenv("MESHLIB_ZONE", "a\tb")
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    assert [(problem.key, bool(problem.hint)) for problem in caught.value.problems] == [("MESHLIB_ZONE", True)]
+    with pytest.raises(ConfigError, match="can't be a zone"):
+        load(file, zone=" ")
 
 
 def test_the_error_text_has_a_line_for_each_problem(write: Callable[..., Path]) -> None:

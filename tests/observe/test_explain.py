@@ -73,18 +73,26 @@ def test_retried_call_tells_why_and_for_how_long_it_waited(engine: core.Engine) 
     text = story(engine, [(core.OUTCOME_REFUSED, 0), (core.OUTCOME_RESPONSE, 200)])
     assert "the endpoint is taken out: its breaker opened" in text
     assert "no connection (refused, unreachable or too slow to connect)" in text
-    assert re.search(r"retry +sent again after \d+ ms, because: no connection$", text, re.MULTILINE)
+    assert re.search(
+        r"retry +sent again after \d+ ms, because: no connection; the budget held \d+\.\d retries$", text, re.MULTILINE
+    )
     assert re.search(r"balance  #2  picked 127\.0\.0\.1:810\d: no other was left to compare it with$", text, re.MULTILINE)
     assert re.search(r"=> 200 after \d+\.\d ms, 2 attempts$", text)
-    assert re.search(r"^  127\.0\.0\.1:810\d +5\.0 s .* open$", text, re.MULTILINE)
+    assert re.search(r"^  127\.0\.0\.1:810\d +5\.0 s .* out: its breaker is open$", text, re.MULTILINE)
+    assert re.search(r"^  health      1 of 2 healthy", text, re.MULTILINE)
 
 
 def test_status_that_is_retried_is_named(engine: core.Engine) -> None:
     """The reason is the status and not the word; the last one says why it was the last."""
     text = story(engine, [(core.OUTCOME_RESPONSE, 503), (core.OUTCOME_RESPONSE, 503)])
     assert "because: status 503" in text
-    assert "not sent again, because: no retry left" in text
+    assert re.search("not sent again, because: no retry left; the budget held \\d+\\.\\d retries", text)
     assert re.search(r"=> 503 after \d+\.\d ms, 2 attempts$", text)
+
+
+def test_status_that_is_not_retried_says_that_the_route_does_not(engine: core.Engine) -> None:
+    """500 is none of those that are repeated, and "answered" alone would not tell it."""
+    assert "not sent again, because: the route does not repeat status 500" in story(engine, [(core.OUTCOME_RESPONSE, 500)])
 
 
 def test_call_that_is_not_safe_tells_why_it_was_not_repeated(engine: core.Engine) -> None:
@@ -100,7 +108,7 @@ def test_refused_call_tells_that_nothing_was_sent(engine: core.Engine) -> None:
     call = engine.begin("nowhere", "GET", "/", [], 100.0)
     with pytest.raises(MeshError):
         call.next(100.0)
-    assert explain(call.record()).endswith("=> refused by the mesh after 0 attempts")
+    assert explain(call.record()).endswith("=> refused by the mesh after 0 attempts: the backend has no endpoints")
 
 
 def hedged(engine: core.Engine, first: tuple[int, int] | None, second: tuple[int, int] | None) -> str:
@@ -191,6 +199,244 @@ def test_columns_are_aligned(engine: core.Engine) -> None:
     assert [line for line in lines if line != line.rstrip()] == []
 
 
+# ---------------------------------------------------------------------- out: balance and admit
+
+TEMPLATE = """\
+mesh: shop
+secure: {{mode: observe}}
+services:
+  storefront: {{}}
+  orders: {{{orders}}}
+guards: {{ledger: {{retry: {{attempts: 1}}, admit: {{breaker: {{failures: 2}}}}}}}}
+"""
+
+
+def made(tmp_path: Path, orders: str, count: int, weights: bool = False) -> core.Engine:
+    """An engine whose service `orders` has this section, and so many endpoints."""
+    (tmp_path / "mesh.yaml").write_text(TEMPLATE.format(orders=orders))
+    engine = core.Engine(1)
+    engine.publish(load(tmp_path / "mesh.yaml", service="storefront").client_plan(), 0.0)
+    found = [(f"h{n}:80", float(n) if weights else 1.0, "", {}, "") for n in range(1, count + 1)]
+    engine.resolve("orders", 1, found, 0.0)
+    return engine
+
+
+def told(engine: core.Engine, attempts: int = 1, **asked: Any) -> str:
+    """A call of `orders` whose attempts lose their connection, all but the last."""
+    call, now = engine.begin("orders", "GET", "/", asked.pop("headers", []), 100.0, **asked), 100.0
+    for n in range(attempts):
+        step = call.next(now)
+        if step[0] == core.WAIT:
+            now += step[1]
+            step = call.next(now)
+        if n < attempts - 1:
+            call.head(step[1], core.OUTCOME_RESET, 0, now)
+    return explain(call.record())
+
+
+@pytest.mark.parametrize(
+    ("policy", "means", "why"),
+    [
+        ("peak_ewma", "of two drawn by chance the one with the lower cost", r"cost \S+ against \S+ of h\d:80"),
+        ("least_request", "of two drawn by chance the one with fewer calls in flight", r"0 in flight against [01] of h\d:80"),
+        ("round_robin", "each in its turn", "its turn"),
+        ("random", "by chance", "by chance"),
+        ("ring_hash", "calls with the same key go to the same endpoint", "its key has its home here"),
+        ("maglev", "calls with the same key go to the same endpoint", "its key has its home here"),
+    ],
+)
+def test_policy_is_named_with_what_it_means_and_what_it_compared(tmp_path: Path, policy: str, means: str, why: str) -> None:
+    """Each policy in its own words: numbers only where numbers decide."""
+    keyed = ", hash_on: [{header: x-user}]" if policy in ("ring_hash", "maglev") else ""
+    engine = made(tmp_path, f"balance: {{policy: {policy}{keyed}}}", 3)
+    busy = engine.begin("orders", "GET", "/", [], 100.0)
+    busy.next(100.0)
+    text = told(engine, headers=[(b"x-user", b"anna")])
+    assert f"  balance     {policy}: {means}" in text
+    assert re.search(rf"#1  picked h\d:80: {why}$", text, re.MULTILINE), text
+    scores = {"peak_ewma": "cost", "least_request": "load"}
+    assert (f" {scores.get(policy)}  health" in text) == (policy in scores), text
+
+
+def test_load_of_least_request_is_a_number_also_where_it_is_nothing(tmp_path: Path) -> None:
+    """The idle one was chosen over the busy one: both loads stand there, and the star is at the idle one."""
+    engine = made(tmp_path, "balance: {policy: least_request}", 2)
+    busy = engine.begin("orders", "GET", "/", [], 100.0)
+    busy.next(100.0)
+    rows = dict(re.findall(r"^  ([* ])  h\d:80 .* (\d|-)  healthy$", told(engine), re.MULTILINE))
+    assert rows == {"*": "0", " ": "1"}
+
+
+def test_weights_are_shown_only_where_they_differ(tmp_path: Path) -> None:
+    """And then what is compared is in flight for its weight."""
+    text = told(made(tmp_path, "balance: {policy: least_request}", 3, weights=True))
+    assert re.search(r"endpoint  weight  latency", text)
+    assert re.search(r"h2:80 +2 ", text)
+    assert re.search(r"0 in flight for its weight against 0 of", text)
+    assert "weight  latency" not in told(made(tmp_path, "", 3))
+
+
+def test_long_list_of_candidates_ends_with_how_many_more_there_are(tmp_path: Path) -> None:
+    """Those that were shown and those that were not are all of them."""
+    text = told(made(tmp_path, "", 28))
+    shown = len(re.findall(r"^ .* h\d+:80 .* healthy$", text, re.MULTILINE))
+    assert f"\n  and {28 - shown} more\n" in text
+    assert 16 <= shown <= 18
+    assert " more\n" not in told(made(tmp_path, "", 3))
+
+
+def test_call_without_a_key_goes_by_chance_and_says_so(tmp_path: Path) -> None:
+    """A service that is balanced by a key, and a call that has none."""
+    text = told(made(tmp_path, "balance: {policy: maglev, hash_on: [{header: x-user}]}", 3))
+    assert re.search(r"picked h\d:80: by chance, for want of a key$", text, re.MULTILINE)
+
+
+def test_retry_by_key_goes_to_the_next_in_line(tmp_path: Path) -> None:
+    """The home was tried: who comes next for this key stands in for it."""
+    text = told(made(tmp_path, "balance: {policy: ring_hash, hash_on: [{header: x-user}]}", 3), 2, key="anna")
+    assert re.search(r"#1  picked h\d:80: its key has its home here$", text, re.MULTILINE)
+    assert re.search(
+        r"#2  picked h\d:80: it stands in for h\d:80, the home of its key, which was tried already$", text, re.MULTILINE
+    )
+
+
+def test_key_whose_home_is_out_is_told_so(tmp_path: Path) -> None:
+    """And who it would have been."""
+    engine = made(tmp_path, "balance: {policy: ring_hash, hash_on: [{header: x-user}]}", 3)
+    engine.isolate("orders", "h1:80", True, 99.0)
+    assert "picked h2:80: it stands in for h1:80, the home of its key, which is out" in told(engine, key="anna")
+
+
+@pytest.mark.parametrize(
+    ("breaker", "why"), [("open", "is out"), ("failing", "is out"), ("closed", "has too much in flight"), ("", "is out")]
+)
+def test_who_stands_in_for_a_home_names_it_where_the_record_does(breaker: str, why: str) -> None:
+    """A record that compares the choice with the home tells who that is, and what is the matter with it."""
+    event = {"phase": "balance", "what": "picked by key", "endpoint": "b:1", "detail": {"other": "a:1"}}
+    record = {"policy": "maglev", "events": [event], "candidates": [{"endpoint": "a:1", "breaker": breaker}]}
+    assert f"picked b:1: it stands in for a:1, the home of its key, which {why}" in explain(record)
+
+
+def test_session_is_the_reason_where_it_came_back(tmp_path: Path) -> None:
+    """The answer sets a session; the call that brings it goes there, and says why."""
+    engine = made(tmp_path, "balance: {sticky: {header: x-session}}", 3)
+    first = engine.begin("orders", "GET", "/", [], 100.0)
+    first.next(100.0)
+    name, session = first.session or (b"", b"")
+    endpoint = first.record()["events"][-1]["endpoint"]
+    assert f"picked {endpoint}: the caller's session belongs here" in told(engine, headers=[(name, session)])
+
+
+def test_sick_endpoints_are_counted_and_each_says_what_it_has(tmp_path: Path) -> None:
+    """A failed check and a person's word are different, and both are out."""
+    engine = made(tmp_path, "", 5)
+    engine.check("orders", "h1:80", False, 99.0)
+    engine.isolate("orders", "h2:80", True, 99.0)
+    text = told(engine)
+    assert re.search(r"^  health      3 of 5 healthy", text, re.MULTILINE)
+    assert re.search(r"h1:80 .*  out: it fails its health check$", text, re.MULTILINE)
+    assert re.search(r"h2:80 .*  out: isolated by hand$", text, re.MULTILINE)
+    assert "health      " not in told(made(tmp_path, "", 5))
+
+
+def test_panic_is_told_with_the_choice_and_with_the_health(tmp_path: Path) -> None:
+    """So few are well that the sick are used too; the bound stands there if the record has it."""
+    engine = made(tmp_path, "", 5)
+    for n in range(1, 5):
+        engine.check("orders", f"h{n}:80", False, 99.0)
+    text = told(engine)
+    assert re.search(r"health      1 of 5 healthy(; panic below 50 %)?; so few that all were used \(panic\)$", text, re.MULTILINE)
+    assert re.search(r"picked h\d:80: cost .*; so few are healthy that all are used \(panic\)$", text, re.MULTILINE)
+    assert "  health      3 of 5 healthy; panic below 50 %\n" in explain({"total": 5, "out": 2, "panic": 0.5})
+
+
+def test_wait_for_a_permit_is_told_from_its_beginning_to_its_end(tmp_path: Path) -> None:
+    """One in flight may be at once; the second waits until the first is gone."""
+    engine = made(tmp_path, "admit: {in_flight: 1, pending: 1}", 1)
+    first, second = (engine.begin("orders", "GET", "/", [], 100.0) for _ in range(2))
+    first.next(100.0)
+    assert second.next(100.0)[0] == core.WAIT
+    first.abandon(100.020)
+    assert second.next(100.020)[0] == core.SEND
+    text = explain(second.record())
+    assert re.search(r" 0\.0 ms  admit +waits for a permit: as many calls are in flight as may be at once$", text, re.MULTILINE)
+    assert re.search(r"20\.0 ms  admit +got a permit after 20 ms$", text, re.MULTILINE)
+
+
+def test_refusal_after_waiting_for_a_permit_says_that_it_waited(tmp_path: Path) -> None:
+    """The deadline came first: the reason stands in the last line."""
+    engine = made(tmp_path, "admit: {in_flight: 1, pending: 1}", 1)
+    first, second = (engine.begin("orders", "GET", "/", [], 100.0, timeout=1.0) for _ in range(2))
+    first.next(100.0)
+    with pytest.raises(MeshError):
+        second.next(101.5)
+    last = "=> refused by the mesh after 0 attempts: the deadline passed while it waited for a permit"
+    assert explain(second.record()).endswith(last)
+
+
+def test_refusal_says_that_all_are_out(tmp_path: Path) -> None:
+    """Taken out by hand: not even panic uses them."""
+    engine = made(tmp_path, "", 2)
+    for n in (1, 2):
+        engine.isolate("orders", f"h{n}:80", True, 99.0)
+    call = engine.begin("orders", "GET", "/", [], 100.0)
+    with pytest.raises(MeshError):
+        call.next(100.0)
+    text = explain(call.record())
+    assert "no attempt was possible: all 2 endpoints are taken out" in text
+    assert text.endswith("=> refused by the mesh after 0 attempts: all 2 endpoints are taken out")
+
+
+def guarded(engine: core.Engine, statuses: list[int], **more: str) -> str:
+    """A call of the guard `ledger`, whose function ends so."""
+    call, token, _ = engine.guard("guard:ledger", 100.0, None, True)
+    now = 100.0
+    for n, status in enumerate(statuses):
+        if n:
+            step = call.next(now)
+            if step[0] == core.WAIT:
+                now += step[1]
+                step = call.next(now)
+            token = step[1]
+        now += 0.01
+        call.head(token, core.OUTCOME_RESPONSE, status, now, -1.0, True)
+    return explain({**call.record(), "method": "CALL", "path": "book", **more})
+
+
+def test_guard_is_told_as_a_function_and_not_as_a_service(tmp_path: Path) -> None:
+    """It is called, raises and returns; there are no endpoints, no policy, and no statuses."""
+    text = guarded(made(tmp_path, "", 1), [503, 200])
+    assert text.startswith("call of book\n  guard       ledger\n  circuit     closed\n")
+    assert re.search(r"#1  raised an exception\n.*called again after \d+ ms, because: it failed; the budget held", text)
+    assert re.search(r"#2  returned$", text, re.MULTILINE)
+    assert re.search(r"=> returned after \d+\.\d ms, 2 calls$", text)
+    for word in ("candidates", "balance  peak", "endpoint", "503", "attempt"):
+        assert word not in text
+
+
+def test_guard_whose_circuit_opened_tells_so(tmp_path: Path) -> None:
+    """Two failures are as many as this one takes."""
+    text = guarded(made(tmp_path, "", 1), [503, 503])
+    assert "  circuit     open\n" in text
+    assert "the circuit opens: it has failed too often" in text
+    assert text.endswith("=> failed after 2 calls")
+
+
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("value", "the value that its fallback names"),
+        ("last_good", "the last good answer"),
+        ("callable", "what its fallback made of the error"),
+        ("", ""),
+    ],
+)
+def test_fallback_is_told_after_the_failure_that_it_hides(tmp_path: Path, word: str, what: str) -> None:
+    """The last line has both: what failed, and what the caller got."""
+    text = guarded(made(tmp_path, "", 1), [503, 503], fallback=word)
+    assert text.endswith("=> failed after 2 calls" + (f"; {what} stood in" if what else ""))
+
+
 # ---------------------------------------------------------------------- in
 
 
@@ -241,13 +487,17 @@ def test_empty_record_is_told_too() -> None:
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3), max_leaves=4
 )
-DETAIL = st.dictionaries(st.sampled_from(["cost", "other", "other_cost", "status", "why", "seconds", "new"]), JSON)
+DETAIL = st.dictionaries(st.sampled_from(["cost", "other", "other_cost", "status", "why", "seconds", "budget", "new"]), JSON)
+POLICIES = st.sampled_from(["peak_ewma", "least_request", "round_robin", "random", "ring_hash", "maglev", "new", ""])
+PICKS = ["picked", "probe", "picked by key", "picked by session", "picked in zone, in panic", "picked again, for want of another"]
 EVENT = st.fixed_dictionaries(
     {},
     optional={
         "at": st.floats(0, 1e6),
         "phase": st.sampled_from(["route", "balance", "admit", "send", "retry", "new", ""]),
-        "what": st.sampled_from(["matched", "picked", "probe", "ejected", "response", "refused", "again", "delivered", "new"]),
+        "what": st.sampled_from(
+            ["matched", *PICKS, "ejected", "got a permit", "response", "refused", "again", "delivered", "hedged", "new"]
+        ),
         "endpoint": st.text(max_size=8),
         "detail": DETAIL,
     },
@@ -258,13 +508,20 @@ EVENT = st.fixed_dictionaries(
     st.fixed_dictionaries(
         {},
         optional={
-            "service": st.text(max_size=8),
+            "service": st.text(max_size=8) | st.just("guard:ledger"),
+            "policy": POLICIES,
+            "total": JSON,
+            "out": JSON | st.integers(),
+            "panic": JSON,
+            "fallback": JSON,
             "deadline": JSON,
             "idempotent": st.booleans(),
             "events": st.lists(EVENT, max_size=6),
             "candidates": st.lists(
                 st.fixed_dictionaries(
-                    {}, optional={"endpoint": st.text(max_size=8), "score": JSON, "ewma_ms": JSON, "in_flight": JSON}
+                    {},
+                    optional={"endpoint": st.text(max_size=8)}
+                    | dict.fromkeys(("score", "ewma_ms", "in_flight", "weight", "breaker", "zone"), JSON),
                 ),
                 max_size=4,
             ),

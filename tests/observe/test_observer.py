@@ -52,6 +52,66 @@ def test_numbers_of_a_whole_mesh_come_together(mesh: meshlib.Mesh) -> None:
     assert mesh.observer.prometheus(mesh, is_openmetrics=True).endswith("# EOF\n")
 
 
+def test_limits_checks_guards_and_fallbacks_of_a_real_mesh_are_told(tmp_path: Path) -> None:
+    """Each has its own keeper of numbers; all of them reach the text."""
+    file = tmp_path / "mesh.yaml"
+    file.write_text(
+        "mesh: shop\nsecure: {mode: observe}\nservices:\n  storefront: {}\n  orders:\n"
+        '    discover: {static: ["127.0.0.1:1"]}\n'
+        "    admit: {in_flight: 7, rate: [{calls: 1, per: 60s}], check: {kind: tcp}}\n"
+    )
+    mesh = meshlib.Mesh.load(file, service="storefront")
+    call = mesh.engine.begin("orders", "GET", "/", [], 1.0)
+    call.next(1.0)
+    with pytest.raises(meshlib.RateLimited):
+        mesh.engine.begin("orders", "GET", "/", [], 1.0)
+
+    @mesh.guard("ledger", fallback=0, retries=0)
+    def balance() -> int:
+        raise OSError
+
+    assert balance() == 0
+    text = mesh.observer.prometheus(mesh)
+    for line in (
+        'meshlib_admit_limit{service="orders"} 7',
+        'meshlib_admit_refused_total{service="orders",reason="rate"} 1',
+        'meshlib_balance_weight{service="orders",endpoint="127.0.0.1:1"} 1.0',
+        'meshlib_retry_fallbacks_total{service="guard:ledger",kind="value"} 1',
+        'meshlib_route_responses_total{service="guard:ledger",code="error"} 1',
+        'meshlib_retry_guard_duration_seconds_count{service="guard:ledger"} 1',
+    ):
+        assert line + "\n" in text
+    # The keeper may have made one meanwhile.
+    assert 'meshlib_admit_checks_total{service="orders"} ' in text
+    assert "meshlib_admit_rate_" not in text
+    mesh.close()
+
+
+class Store:
+    """A store of rates that answers at once, and is not asked here."""
+
+    async def take_async(self, key: str, calls: int, per: float, burst: int, timeout: float) -> float:
+        return 0.0
+
+    def take(self, key: str, calls: int, per: float, burst: int, timeout: float) -> float:
+        return 0.0
+
+
+def test_rates_that_processes_share_are_told_where_there_are_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked or not: a rate is known from the beginning."""
+    monkeypatch.setattr("meshlib.admit.limiter.open_store", lambda name, settings: Store())
+    file = tmp_path / "mesh.yaml"
+    file.write_text(
+        "mesh: shop\nsecure: {mode: observe}\nstores: {redis: {url: redis://localhost:1/0}}\nservices:\n  storefront: {}\n"
+        "  orders: {admit: {rate: [{name: all, calls: 5, store: redis}]}}\n"
+    )
+    mesh = meshlib.Mesh.load(file, service="storefront")
+    text = mesh.observer.prometheus(mesh)
+    assert 'meshlib_admit_rate_asked_total{service="orders",rate="all"} 0\n' in text
+    assert 'meshlib_admit_store_away{store="redis"} 0\n' in text
+    mesh.close()
+
+
 def test_failed_reload_is_counted(mesh: meshlib.Mesh) -> None:
     """What the mesh counts itself is told, too."""
     mesh.config.file.write_text("mesh: [\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -27,6 +29,16 @@ def out(endpoint: str = "", **changes: Any) -> dict[str, Any]:
         "breaker": "open" if endpoint else "",
         "ewma": 0.25,
         "budget": 98.5,
+        "zone": "a" if endpoint else "",
+        "weight": 2.0 if endpoint else 0.0,
+        "limit": 0 if endpoint else 40,
+        "pending": 5,
+        "limited": 6,
+        "throttled": 7,
+        "rate_limited": 8,
+        "hedges": 9,
+        "panics": 11,
+        "slow_after": 0.0 if endpoint else 0.125,
         "latency_buckets": BUCKETS,
         "latency_sum": 47.5,
         "codes": {"0": 1, "200": 7, "503": 2},
@@ -50,8 +62,21 @@ def came_in(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+GUARD = out(service="guard:ledger", codes={"0": 1, "200": 6, "500": 2, "503": 1})
+RATE = {
+    "service": "orders",
+    "rate": "tenant",
+    "store": "redis",
+    "is_away": True,
+    "asked": 9,
+    "refused": 2,
+    "failed": 1,
+    "skipped": 3,
+}
+CHECK = {"service": "orders", "failing": {"127.0.0.1:8102": "503"}, "checks": 50, "failures": 4, "skipped": 1}
+
 FULL = Readings(
-    engine=[out(), out("127.0.0.1:8101"), out("127.0.0.1:8102", breaker="half_open"), out(service="stock")],
+    engine=[out(), out("127.0.0.1:8101"), out("127.0.0.1:8102", breaker="half_open"), out(service="stock"), GUARD],
     gate=[came_in(), came_in(peer="", method="FROB")],
     discover=[
         {"service": "orders", "source": "dns", "endpoints": 2, "age": 7.5, "failures": 1, "is_held": True, "held": 3},
@@ -77,6 +102,9 @@ FULL = Readings(
         {"idle": 2, "opened": 8, "reused": 90, "closed": {"idle": 5, "peer": 1}},
         {"idle": 1, "opened": 2, "reused": 10, "closed": {"idle": 1, "peer": 0}},
     ],
+    rates=[RATE, RATE | {"rate": "all", "asked": 90}],
+    checks=[CHECK],
+    fallbacks={("orders", "last_good"): 3, ("guard:ledger", "value"): 8},
     egress={"api.example.com": 4},
     reloads=1,
     reload_failures=2,
@@ -116,10 +144,11 @@ def test_calls_and_attempts_are_told_apart() -> None:
 
 
 def test_breaker_is_a_number_for_each_state() -> None:
-    """0 closed, 1 half open, 2 open, 3 isolated."""
+    """0 closed, 1 half open, 2 open, 3 isolated, 4 failing its checks."""
     text = render(Readings(engine=[out(f"h:{n}", breaker=word) for n, word in enumerate(names.BREAKER_STATES)]))
-    states = [value(text, "meshlib_admit_breaker_state", service="orders", endpoint=f"h:{n}") for n in range(4)]
-    assert dict(zip(names.BREAKER_STATES, states, strict=True)) == {"closed": 0, "half_open": 1, "open": 2, "isolated": 3}
+    states = [value(text, "meshlib_admit_breaker_state", service="orders", endpoint=f"h:{n}") for n in range(5)]
+    expected = {"closed": 0, "half_open": 1, "open": 2, "isolated": 3, "failing": 4}
+    assert expected == dict(zip(names.BREAKER_STATES, states, strict=True))
 
 
 def test_endpoint_that_was_never_used_has_no_series() -> None:
@@ -131,6 +160,87 @@ def test_endpoint_that_was_never_used_has_no_series() -> None:
     assert "unused:1" not in text
     assert "used:1" in text
     assert "isolated:1" in text
+
+
+def test_calls_that_were_refused_first_are_told_by_reason() -> None:
+    """Too many under way, too many for a service that refuses them, too many in a time: different things to do."""
+    text = render(FULL)
+    told = {
+        reason: value(text, "meshlib_admit_refused_total", service="orders", reason=reason)
+        for reason in ("limit", "throttle", "rate")
+    }
+    assert told == {"limit": 6, "throttle": 7, "rate": 8}
+    assert value(text, "meshlib_admit_limit", service="orders") == 40
+    assert value(text, "meshlib_admit_pending", service="orders") == 5
+
+
+def test_hedges_tell_how_many_and_after_how_long() -> None:
+    """The delay is there once it is known, and no sooner."""
+    text = render(FULL)
+    assert value(text, "meshlib_retry_hedges_total", service="orders") == 9
+    assert value(text, "meshlib_retry_hedge_delay_seconds", service="orders") == 0.125
+    assert "hedge_delay" not in render(Readings(engine=[out(slow_after=0.0)]))
+
+
+def test_choices_in_panic_are_counted() -> None:
+    """By service: health was ignored there."""
+    assert value(render(FULL), "meshlib_balance_panics_total", service="orders") == 11
+
+
+def test_service_that_was_never_called_has_no_series_of_limits() -> None:
+    """A mesh of 5,000 services of which a process calls five; a call that was refused first is a call, too."""
+    idle = {"requests": 0, "in_flight": 0, "pending": 0, "limited": 0, "throttled": 0, "rate_limited": 0}
+    text = render(Readings(engine=[out(service="unused", **idle), out(service="refused", **idle | {"throttled": 1})]))
+    for name in ("meshlib_admit_limit", "meshlib_admit_pending", "meshlib_admit_refused_total", "meshlib_retry_hedges_total"):
+        assert f'{name}{{service="unused"' not in text
+        assert f'{name}{{service="refused"' in text
+
+
+def test_endpoint_tells_its_weight_and_its_zone() -> None:
+    """The zone is a series of its own, to be joined with the others; where it isn't known there is none."""
+    text = render(Readings(engine=[out("a:1"), out("b:1", zone="")]))
+    assert value(text, "meshlib_balance_weight", service="orders", endpoint="a:1") == 2
+    assert value(text, "meshlib_balance_endpoint_info", service="orders", endpoint="a:1", zone="a") == 1
+    assert 'meshlib_balance_endpoint_info{service="orders",endpoint="b:1"' not in text
+
+
+def test_guard_has_the_words_of_functions_and_a_duration_of_its_own() -> None:
+    """It is no HTTP: what stands for a status is told as ok, error or none, and two kinds of error are one."""
+    text = render(Readings(engine=[GUARD, out("ledger", service="guard:ledger", codes={"200": 6, "500": 2, "503": 1})]))
+    at = {"service": "guard:ledger"}
+    told = {code: value(text, "meshlib_route_responses_total", **at, code=code) for code in ("ok", "error", "none")}
+    assert told == {"ok": 6, "error": 3, "none": 1}
+    assert value(text, "meshlib_balance_responses_total", **at, endpoint="ledger", code="error") == 3
+    assert value(text, "meshlib_retry_guard_duration_seconds_count", **at) == 10
+    assert "http_client" not in text
+    assert "meshlib_balance_weight" not in text
+
+
+def test_rates_that_processes_share_are_told_by_rate_and_their_store_once() -> None:
+    """What the store was asked, what it refused, what it didn't answer, and whether it is left alone."""
+    text = render(FULL)
+    at = {"service": "orders", "rate": "tenant"}
+    told = [value(text, f"meshlib_admit_rate_{word}_total", **at) for word in ("asked", "refused", "failed", "skipped")]
+    assert told == [9, 2, 1, 3]
+    assert value(text, "meshlib_admit_rate_asked_total", service="orders", rate="all") == 90
+    assert value(text, "meshlib_admit_store_away", store="redis") == 1
+
+
+def test_health_checks_tell_how_many_fail_and_not_which() -> None:
+    """Which ones is the breaker's state, by endpoint; here it is the size of the trouble."""
+    text = render(FULL)
+    at = {"service": "orders"}
+    counters = [value(text, f"meshlib_admit_{word}_total", **at) for word in ("checks", "check_failures", "checks_skipped")]
+    assert counters == [50, 4, 1]
+    assert value(text, "meshlib_admit_checks_failing", **at) == 1
+
+
+def test_fallbacks_are_told_by_what_stood_in() -> None:
+    """A failure that callers don't see must be seen here."""
+    text = render(FULL)
+    assert value(text, "meshlib_retry_fallbacks_total", service="orders", kind="last_good") == 3
+    assert value(text, "meshlib_retry_fallbacks_total", service="guard:ledger", kind="value") == 8
+    assert "fallbacks" not in render(Readings())
 
 
 def test_histogram_is_cumulative_and_ends_with_all() -> None:
@@ -300,6 +410,15 @@ def test_prometheus_own_parser_reads_all_of_it() -> None:
     assert samples(plain) == samples(strict)
     lines = [line for line in render(FULL).splitlines() if not line.startswith("#")]
     assert len(samples(plain)) == len(lines)
+
+
+def test_promtool_has_nothing_to_say() -> None:
+    """Prometheus' own check of names, units and help, as far as it is installed."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    done = subprocess.run([promtool, "check", "metrics"], input=render(FULL), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_prometheus_parser_gives_back_what_was_escaped() -> None:

@@ -26,6 +26,27 @@ async def outbound(mesh: meshlib.Mesh) -> None:
         assert_type(end, float)
 
 
+async def guarded(mesh: meshlib.Mesh) -> None:
+    @mesh.guard("ledger", idempotent=True, timeout=2.0, fallback=meshlib.last_good(30.0))
+    async def book(account: int, *, amount: float) -> str:
+        return ""
+
+    @mesh.guard("ledger", ignore=KeyError, fallback=None)
+    def look(account: int) -> list[str]:
+        return []
+
+    class Books:
+        @mesh.guard("ledger")
+        async def all(self, account: int) -> bytes:
+            return b""
+
+    assert_type(await book(7, amount=1.0), str)
+    assert_type(look(7), list[str])
+    assert_type(await Books().all(7), bytes)
+    look("7")  # type: ignore[arg-type]
+    meshlib.policy(labels={"version": "v2"}, fallback=lambda error: {"items": []}, key="user-7")
+
+
 def inbound(mesh: meshlib.Mesh, server: Any) -> None:
     assert_type(mesh.grpc_server_interceptors(), Sequence[grpc.aio.ServerInterceptor[Any, Any]])
     assert_type(mesh.add_grpc_port(server, "127.0.0.1:8443"), int)
@@ -44,5 +65,7 @@ def failures() -> None:
         assert_type(error.hint, str)
     try:
         meshlib.Mesh.load("mesh.yaml")
+    except OSError as error:
+        assert_type(meshlib.call_of(error), meshlib.Call | None)
     except meshlib.ConfigError as error:
         assert_type(error.problems, list[meshlib.Problem])

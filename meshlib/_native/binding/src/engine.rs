@@ -1,10 +1,11 @@
 //! The outbound engine as Python sees it: `Engine` and `Call`.
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_core::client::{self, carried, Next, Reply, Request};
-use mesh_core::model::{Address, Outcome};
+use mesh_core::client::{self, carried, extra, Labels, Next, Reply, Request};
+use mesh_core::model::{Address, Outcome, Pushback, StickyKind};
 use mesh_core::route::Headers;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -23,6 +24,11 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     for (name, value) in [("WAIT", WAIT), ("SEND", SEND), ("DELIVER", DELIVER), ("RETRY", RETRY), ("AWAIT", AWAIT)] {
         module.add(name, value)?;
     }
+    let extras =
+        [("HEDGE", extra::HEDGE), ("SESSION", extra::SESSION), ("PER_TRY", extra::PER_TRY), ("REPORT", extra::REPORT)];
+    for (name, value) in extras {
+        module.add(format!("EXTRA_{name}").as_str(), value)?;
+    }
     for (outcome, word) in Outcome::ALL {
         module.add(format!("OUTCOME_{}", word.to_uppercase()).as_str(), outcome as u8)?;
     }
@@ -33,8 +39,10 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 
 /// A moment or a span given in seconds. What lies beyond all clocks is a century; what is no such number is zero.
 pub fn seconds(value: f64) -> Duration {
-    const CENTURY: f64 = 100.0 * 365.0 * 86_400.0;
-    Duration::try_from_secs_f64(value.min(CENTURY)).unwrap_or_default()
+    if value.is_nan() {
+        return Duration::ZERO;
+    }
+    mesh_core::model::seconds(value)
 }
 
 #[pyfunction]
@@ -43,7 +51,39 @@ fn is_plain_target(target: &str) -> bool {
 }
 
 #[pyclass(frozen, module = "meshlib._native._core")]
-pub struct Engine(client::Engine);
+pub struct Engine {
+    core: client::Engine,
+    /// A change of the plan or of endpoints is under way, in a thread that doesn't hold the interpreter.
+    is_changing: AtomicBool,
+}
+
+impl Engine {
+    /// One change after the other, so that none is lost, and without the interpreter, so that calls go on.
+    fn change<R: Send>(&self, py: Python<'_>, make: impl FnOnce(&client::Engine) -> R + Send) -> R {
+        py.detach(|| {
+            let _turn = Turn::wait(&self.is_changing);
+            make(&self.core)
+        })
+    }
+}
+
+/// Leave to change an engine. A flag and no mutex, so that a forked child inherits nothing that only a lost thread could unlock.
+struct Turn<'a>(&'a AtomicBool);
+
+impl<'a> Turn<'a> {
+    fn wait(flag: &'a AtomicBool) -> Self {
+        while flag.swap(true, Ordering::Acquire) {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Self(flag)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
 
 /// A Python list of (name, value) pairs of bytes, looked at only where a route asks for a header.
 struct HeaderList<'a, 'py>(&'a Bound<'py, PyList>);
@@ -59,32 +99,59 @@ impl Headers for HeaderList<'_, '_> {
     }
 }
 
+/// Endpoints that are read from Python at a time, while the interpreter waits: about 0.1 ms.
+const SLICE: usize = 256;
+
 type Found = (String, f64, String, BTreeMap<String, String>, String);
 
 #[pymethods]
 impl Engine {
     #[new]
     fn new(seed: u64) -> Self {
-        Self(client::Engine::new(seed))
+        Self { core: client::Engine::new(seed), is_changing: AtomicBool::new(false) }
     }
 
     fn publish(&self, py: Python<'_>, plan: &[u8], now: f64) -> PyResult<()> {
-        py.detach(|| self.0.publish(plan, seconds(now))).map_err(PyValueError::new_err)
+        self.change(py, |core| core.publish(plan, seconds(now))).map_err(PyValueError::new_err)
     }
 
-    fn resolve(&self, py: Python<'_>, service: &str, version: u64, endpoints: Vec<Found>, now: f64) -> PyResult<()> {
-        let found = endpoints
-            .into_iter()
-            .map(|(address, weight, zone, labels, identity)| Address { address, weight, zone, labels, identity })
-            .collect();
-        py.detach(|| self.0.resolve(service, version, found, seconds(now))).map_err(|why| errors::refusal(py, why))
+    fn resolve(
+        &self,
+        py: Python<'_>,
+        service: &str,
+        version: u64,
+        endpoints: &Bound<'_, PyAny>,
+        now: f64,
+    ) -> PyResult<()> {
+        let mut found = Vec::with_capacity(endpoints.len().unwrap_or(0));
+        for endpoint in endpoints.try_iter()? {
+            let (address, weight, zone, labels, identity): Found = endpoint?.extract()?;
+            found.push(Address { address, weight, zone, labels, identity });
+            if found.len() % SLICE == 0 {
+                // Other threads have calls under way, and must not wait for ten thousand endpoints.
+                py.detach(std::thread::yield_now);
+            }
+        }
+        self.change(py, |core| core.resolve(service, version, &found, seconds(now)))
+            .map_err(|why| errors::refusal(py, why))
     }
 
     fn service_of(&self, authority: &str) -> Option<String> {
-        self.0.service_of(authority)
+        self.core.service_of(authority)
     }
 
-    #[pyo3(signature = (authority, method, path, headers, now, deadline=None, idempotent=None, replayable=true, attempt=0, timeout=None, retries=None, hedge=None, zone=None))]
+    /// (service, route) of a call that is not begun yet; None where `begin` would refuse it.
+    fn route_of(
+        &self,
+        authority: &str,
+        method: &str,
+        path: &str,
+        headers: &Bound<'_, PyList>,
+    ) -> Option<(String, String)> {
+        self.core.route_of(authority, method, path, &HeaderList(headers))
+    }
+
+    #[pyo3(signature = (authority, method, path, headers, now, deadline=None, idempotent=None, replayable=true, attempt=0, timeout=None, retries=None, hedge=None, zone=None, key=None, peer=None, standby=false, labels=None))]
     #[allow(clippy::too_many_arguments)] // one call across the seam is cheaper than building an object for it
     fn begin(
         &self,
@@ -102,6 +169,10 @@ impl Engine {
         retries: Option<u32>,
         hedge: Option<f64>,
         zone: Option<&str>,
+        key: Option<&str>,
+        peer: Option<&str>,
+        standby: bool,
+        labels: Option<Labels>,
     ) -> PyResult<Call> {
         let request = Request {
             authority,
@@ -112,27 +183,97 @@ impl Engine {
             retries,
             hedge: hedge.map(seconds),
             zone,
+            key,
+            peer,
+            labels: labels.as_ref(),
+            is_standby: standby,
             is_idempotent: idempotent,
             is_replayable: replayable,
             layer: attempt,
         };
-        match self.0.begin(&request, &HeaderList(headers), seconds(now)) {
+        match self.core.begin(&request, &HeaderList(headers), seconds(now)) {
             Ok(call) => Ok(Call { call, last: seconds(now) }),
             Err(why) => Err(errors::refusal(py, why)),
         }
     }
 
+    /// `begin` and `next` of a function's call, in one crossing: the call, the token of its attempt, and its end.
+    #[pyo3(signature = (name, now, deadline=None, idempotent=false, retries=None, timeout=None, peer=None))]
+    #[allow(clippy::too_many_arguments)] // as for `begin`
+    fn guard(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        now: f64,
+        deadline: Option<f64>,
+        idempotent: bool,
+        retries: Option<u32>,
+        timeout: Option<f64>,
+        peer: Option<&str>,
+    ) -> PyResult<(Call, u32, f64)> {
+        let request = Request {
+            authority: name,
+            method: "CALL",
+            path: "/",
+            deadline: deadline.map(seconds),
+            timeout: timeout.map(seconds),
+            retries,
+            hedge: None,
+            zone: None,
+            key: None,
+            peer,
+            labels: None,
+            is_standby: false,
+            is_idempotent: Some(idempotent),
+            is_replayable: true,
+            layer: 0,
+        };
+        match self.core.guard(name, &request, seconds(now)) {
+            // A call that waits for a permit has no attempt yet, and goes on with `next`.
+            Ok((call, next)) => {
+                let token = if let Next::Send { token, .. } = next { token } else { NO_TOKEN };
+                let end = call.deadline().as_secs_f64();
+                Ok((Call { call, last: seconds(now) }, token, end))
+            }
+            Err(why) => Err(errors::refusal(py, why)),
+        }
+    }
+
+    fn check(&self, service: &str, address: &str, is_healthy: bool, now: f64) -> bool {
+        self.core.check(service, address, is_healthy, seconds(now))
+    }
+
+    /// Calls of a Service so far, those under way included.
+    fn calls(&self, service: &str) -> u64 {
+        self.core.calls(service)
+    }
+
+    /// What is computed once a second, off the request's path.
+    fn tend(&self, py: Python<'_>, now: f64) {
+        self.change(py, |core| core.tend(seconds(now)));
+    }
+
     fn isolate(&self, service: &str, address: &str, isolated: bool, now: f64) -> bool {
-        self.0.isolate(service, address, isolated, seconds(now))
+        self.core.isolate(service, address, isolated, seconds(now))
+    }
+
+    /// Before a fork: wait for the change that is under way, and let none begin.
+    fn hold(&self, py: Python<'_>) {
+        py.detach(|| std::mem::forget(Turn::wait(&self.is_changing)));
+    }
+
+    /// After a fork, on both sides.
+    fn release(&self) {
+        drop(Turn(&self.is_changing));
     }
 
     fn reseed(&self, seed: u64) {
-        self.0.reseed(seed);
+        self.core.reseed(seed);
     }
 
     fn stats<'py>(&self, py: Python<'py>, now: f64) -> PyResult<Bound<'py, PyList>> {
         let list = PyList::empty(py);
-        for reading in self.0.read(seconds(now)) {
+        for reading in self.core.read(seconds(now)) {
             let row = PyDict::new(py);
             row.set_item("service", reading.service)?;
             row.set_item("endpoint", reading.endpoint)?;
@@ -144,6 +285,16 @@ impl Engine {
             row.set_item("breaker", reading.breaker)?;
             row.set_item("ewma", reading.ewma)?;
             row.set_item("budget", reading.budget)?;
+            row.set_item("zone", reading.zone)?;
+            row.set_item("weight", reading.weight)?;
+            row.set_item("limit", reading.limit)?;
+            row.set_item("pending", reading.pending)?;
+            row.set_item("limited", reading.limited)?;
+            row.set_item("throttled", reading.throttled)?;
+            row.set_item("rate_limited", reading.rate_limited)?;
+            row.set_item("hedges", reading.hedges)?;
+            row.set_item("panics", reading.panics)?;
+            row.set_item("slow_after", reading.slow_after)?;
             row.set_item("latency_buckets", reading.counters.latency_buckets)?;
             row.set_item("latency_sum", reading.counters.latency_sum)?;
             let codes = PyDict::new(py);
@@ -195,6 +346,52 @@ impl Call {
         self.call.is_idempotent()
     }
 
+    /// What the driver has to do beyond the ordinary: EXTRA_*.
+    #[getter]
+    fn extras(&self) -> u8 {
+        self.call.extras()
+    }
+
+    /// Seconds for one attempt; 0.0: as long as the call has.
+    #[getter]
+    fn per_try(&self) -> f64 {
+        self.call.per_try().map_or(0.0, |time| time.as_secs_f64())
+    }
+
+    /// The header with which the answer keeps the caller's session at its endpoint; None: it has that already.
+    #[getter]
+    fn session<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let Some((kind, name, session)) = self.call.new_session() else { return Ok(None) };
+        let pair = match kind {
+            StickyKind::Cookie => {
+                ("set-cookie".to_owned(), format!("{name}={session:016x}; Path=/; HttpOnly; SameSite=Lax"))
+            }
+            _ => (name.to_ascii_lowercase(), format!("{session:016x}")),
+        };
+        Ok(Some((PyBytes::new(py, pair.0.as_bytes()), PyBytes::new(py, pair.1.as_bytes())).into_pyobject(py)?))
+    }
+
+    /// No more retries, and no hedge: the application has had enough.
+    fn stop(&mut self) {
+        self.call.stop();
+    }
+
+    /// The application's own wait before the retry that `head` decided.
+    fn wait(&mut self, wait: f64, now: f64) {
+        self.call.wait(seconds(wait), seconds(now));
+    }
+
+    /// The value of an `endpoint-load-metrics` header that came with an attempt's answer.
+    fn report(&mut self, token: u32, value: &[u8], now: f64) {
+        self.call.report(token, value, seconds(now));
+    }
+
+    /// It failed with its retries used up.
+    #[getter]
+    fn is_spent(&self) -> bool {
+        self.call.is_spent()
+    }
+
     #[getter]
     fn attempt(&self) -> u32 {
         self.call.attempts()
@@ -209,8 +406,8 @@ impl Call {
         self.last = seconds(now);
         match self.call.next(self.last) {
             Ok(Next::Wait(wait)) => (WAIT, wait.as_secs_f64()).into_pyobject(py),
-            Ok(Next::Send { token, address, identity, is_http2 }) => {
-                (SEND, token, &*address, &*identity, is_http2).into_pyobject(py)
+            Ok(Next::Send { token, place, is_http2 }) => {
+                (SEND, token, self.call.address(place), self.call.identity(place), is_http2).into_pyobject(py)
             }
             Ok(Next::Await) => (AWAIT,).into_pyobject(py),
             Err(why) => Err(errors::refusal(py, why)),
@@ -218,10 +415,10 @@ impl Call {
     }
 
     /// Seconds until a second attempt goes out beside the one under way; 0.0: now, and `next` names it. None: there will be none.
-    #[pyo3(signature = (now, can_overlap=true))]
-    fn hedge(&mut self, now: f64, can_overlap: bool) -> Option<f64> {
+    #[pyo3(signature = (now, can_overlap=true, is_streamed=false))]
+    fn hedge(&mut self, now: f64, can_overlap: bool, is_streamed: bool) -> Option<f64> {
         self.last = seconds(now);
-        self.call.hedge(can_overlap, self.last).map(|wait| wait.as_secs_f64())
+        self.call.hedge(can_overlap, is_streamed, self.last).map(|wait| wait.as_secs_f64())
     }
 
     /// The caller's headers, with ours in the place of what it forwards of them. `trace` None: it is given a new one.
@@ -256,6 +453,9 @@ impl Call {
             Some(trace) => headers.extend(trace.iter()),
             None => headers.push(field(py, carried::TRACEPARENT, self.call.traceparent(sample))?),
         }
+        if self.call.attempts() > 0 {
+            add_state(py, &mut headers, self.call.attempts())?;
+        }
         PyList::new(py, headers)
     }
 
@@ -273,9 +473,13 @@ impl Call {
         is_whole: bool,
     ) -> PyResult<u8> {
         self.last = seconds(now);
-        let retry_after = (retry_after >= 0.0).then(|| seconds(retry_after));
+        let pushback = match retry_after {
+            after if after >= 0.0 => Pushback::After(seconds(after)),
+            NEVER => Pushback::Never,
+            _ => Pushback::Unsaid,
+        };
         let outcome = self::outcome(outcome)?;
-        match self.call.head(token, outcome, status, retry_after, self.last) {
+        match self.call.head(token, outcome, status, pushback, self.last) {
             Ok(Reply::Deliver) if is_whole && outcome == Outcome::Response => {
                 self.call.finish(token, outcome, self.last).map_err(|why| errors::refusal(py, why))?;
                 Ok(DELIVER)
@@ -285,6 +489,14 @@ impl Call {
             Ok(Reply::Await) => Ok(AWAIT),
             Err(why) => Err(errors::refusal(py, why)),
         }
+    }
+
+    /// `head` and `finish` of a function that returned.
+    fn good(&mut self, py: Python<'_>, token: u32, now: f64) -> PyResult<()> {
+        self.last = seconds(now);
+        let head = self.call.head(token, Outcome::Response, 200, Pushback::Unsaid, self.last);
+        let ended = head.and_then(|_| self.call.finish(token, Outcome::Response, self.last));
+        ended.map_err(|why| errors::refusal(py, why))
     }
 
     fn finish(&mut self, py: Python<'_>, token: u32, outcome: u8, now: f64) -> PyResult<()> {
@@ -303,6 +515,10 @@ impl Call {
         out.set_item("service", record.service)?;
         out.set_item("route", record.route)?;
         out.set_item("backend", record.backend)?;
+        out.set_item("policy", record.policy)?;
+        out.set_item("total", record.total)?;
+        out.set_item("out", record.out)?;
+        out.set_item("panic", record.panic)?;
         out.set_item("deadline", record.deadline)?;
         out.set_item("idempotent", record.is_idempotent)?;
         out.set_item("retries", record.retries)?;
@@ -318,6 +534,7 @@ impl Call {
             row.set_item("breaker", endpoint.breaker)?;
             row.set_item("ewma_ms", endpoint.average * 1e3)?;
             row.set_item("in_flight", endpoint.in_flight)?;
+            row.set_item("weight", endpoint.weight)?;
             let score = record.events.iter().rev().find_map(|event| match (event.endpoint, event.other) {
                 (Some(at), _) if at == place && event.cost > 0.0 => Some(event.cost),
                 (_, Some((at, cost))) if at == place => Some(cost),
@@ -356,6 +573,9 @@ impl Call {
             if event.amount > 0.0 {
                 detail.set_item("seconds", event.amount)?;
             }
+            if event.budget >= 0.0 {
+                detail.set_item("budget", event.budget)?;
+            }
             row.set_item("detail", detail)?;
             events.append(row)?;
         }
@@ -364,8 +584,35 @@ impl Call {
     }
 }
 
+/// In the place of seconds: the endpoint asks not to be tried again.
+const NEVER: f64 = -2.0;
+
+/// In the place of a token: there is no attempt yet.
+const NO_TOKEN: u32 = u32::MAX;
+
 /// An end later than this is none.
 const FOREVER: f64 = 1e9;
+
+/// The attempt in the trace's state, in the place of what is there.
+fn add_state<'py>(py: Python<'py>, headers: &mut Vec<Bound<'py, PyAny>>, attempt: u32) -> PyResult<()> {
+    let mut given = Vec::new();
+    let mut kept = Vec::with_capacity(headers.len() + 1);
+    for pair in headers.drain(..) {
+        let tuple = pair.cast::<PyTuple>()?;
+        if carried::is_state(tuple.get_item(0)?.cast::<PyBytes>()?.as_bytes()) {
+            given.extend_from_slice(tuple.get_item(1)?.cast::<PyBytes>()?.as_bytes());
+            given.push(b',');
+        } else {
+            kept.push(pair);
+        }
+    }
+    let state = carried::tracestate(attempt, &given);
+    kept.push(
+        (PyBytes::new(py, carried::TRACESTATE.as_bytes()), PyBytes::new(py, &state)).into_pyobject(py)?.into_any(),
+    );
+    *headers = kept;
+    Ok(())
+}
 
 fn field<'py>(py: Python<'py>, name: &'static str, value: &str) -> PyResult<Bound<'py, PyAny>> {
     Ok((PyBytes::new(py, name.as_bytes()), PyBytes::new(py, value.as_bytes())).into_pyobject(py)?.into_any())

@@ -9,10 +9,13 @@ import_exception!(meshlib.errors, NoRoute);
 import_exception!(meshlib.errors, NoEndpoint);
 import_exception!(meshlib.errors, CircuitOpen);
 import_exception!(meshlib.errors, LimitExceeded);
+import_exception!(meshlib.errors, RateLimited);
+import_exception!(meshlib.errors, Throttled);
 import_exception!(meshlib.errors, DeadlineExceeded);
 import_exception!(meshlib.errors, MeshError);
 
 pub fn refusal(py: Python<'_>, refusal: Refusal) -> PyErr {
+    let mut after = None;
     let (kind, message, hint) = match refusal {
         Refusal::UnknownService(text) => (
             py.get_type::<UnknownService>(),
@@ -39,6 +42,19 @@ pub fn refusal(py: Python<'_>, refusal: Refusal) -> PyErr {
             text,
             "The service is slower than its callers: shed load, add endpoints, or raise admit.in_flight.",
         ),
+        Refusal::Throttled(text) => (
+            py.get_type::<Throttled>(),
+            text,
+            "It recovers by itself when the service answers again; look why it refuses (429, 5xx).",
+        ),
+        Refusal::RateLimited(text, wait) => {
+            after = Some(wait.as_secs_f64());
+            (
+                py.get_type::<RateLimited>(),
+                text,
+                "Try again after `retry_after` seconds, send less, or raise the rate in admit.rate.",
+            )
+        }
         Refusal::DeadlineExceeded(text) => (
             py.get_type::<DeadlineExceeded>(),
             text,
@@ -49,7 +65,12 @@ pub fn refusal(py: Python<'_>, refusal: Refusal) -> PyErr {
             (py.get_type::<MeshError>(), text, "This is a mistake in meshlib; please report it.")
         }
     };
-    let made = [("hint", hint)].into_py_dict(py).and_then(|kwargs| kind.call((format!("{message}."),), Some(&kwargs)));
+    let made = [("hint", hint)].into_py_dict(py).and_then(|kwargs| {
+        if let Some(after) = after {
+            kwargs.set_item("retry_after", after)?;
+        }
+        kind.call((format!("{message}."),), Some(&kwargs))
+    });
     match made {
         Ok(value) => PyErr::from_value(value),
         Err(error) => error,

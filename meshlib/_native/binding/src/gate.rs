@@ -123,6 +123,20 @@ impl Entry {
         self.0.status()
     }
 
+    fn spend(&self) {
+        self.0.spend();
+    }
+
+    #[getter]
+    fn is_spent(&self) -> bool {
+        self.0.is_spent()
+    }
+
+    #[getter]
+    fn layer(&self) -> u32 {
+        self.0.layer()
+    }
+
     #[getter]
     fn reason(&self) -> &'static str {
         self.0.reason()

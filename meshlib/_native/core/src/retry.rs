@@ -1,16 +1,16 @@
 //! Again, and may we afford it?
 //!
 //! A call is repeated only if that is safe: nothing was written, the peer said that it did not process it, or the call is
-//! idempotent. And only if the budget allows it: a count of attempts per call multiplies load through layers, exactly when there
-//! is none to spare; a share of the calls of the last ten seconds cannot (Finagle's RetryBudget, Linkerd's default: 20 % and
-//! 10 a second). The ring of buckets counts exactly, so that the decision does not depend on the rate of calls. It does not choose
-//! the endpoint of the next attempt; balance does, after this module has said yes.
+//! idempotent; if the route wants such a failure repeated; and if the budget allows it (budget.rs). What is slow enough to be asked
+//! twice is quantile.rs. It does not choose the endpoint of the next attempt; balance does, after this module has said yes.
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
-use crate::model::{BudgetPlan, Outcome, RetryPlan};
+use self::budget::Budget;
+use crate::model::{BudgetPlan, Condition, Outcome, Pushback, RetryPlan};
 use crate::random::Random;
+
+pub mod budget;
+pub mod quantile;
 
 /// What may be done after an attempt.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -22,6 +22,11 @@ pub enum Verdict {
     /// The same request once more on a fresh connection, outside the budget: the connection was dead before it was used.
     Replay,
 }
+
+/// Words of a call whose retries are used up, here or further down: whoever called us need not begin anew.
+pub const NONE_LEFT: &str = "no retry left";
+pub const NONE_AFFORDED: &str = "the retry budget is empty";
+pub const NONE_WANTED: &str = "the endpoint asks not to be tried again";
 
 /// All that the decision looks at.
 #[derive(Debug, Clone, Copy)]
@@ -38,7 +43,7 @@ pub struct Facts {
     /// Above 0 a caller further up is already retrying, and this layer must not.
     pub layer: u32,
     pub left: Duration,
-    pub retry_after: Option<Duration>,
+    pub pushback: Pushback,
 }
 
 /// The judgement, case by case; the words go into the call's record.
@@ -74,23 +79,41 @@ pub fn judge(
     if matches!(facts.outcome, Stale | Unwritten) && !facts.has_replayed {
         return Verdict::Replay;
     }
+    if condition(facts.outcome).is_none_or(|failed| !plan.on.contains(&failed)) {
+        return Verdict::Deliver("the route does not repeat this kind of failure");
+    }
     if facts.layer > 0 {
         return Verdict::Deliver("a caller further up is already retrying");
     }
     if facts.retries >= facts.most_retries {
-        return Verdict::Deliver(if facts.most_retries == 0 { "retry is off" } else { "no retry left" });
+        return Verdict::Deliver(if facts.most_retries == 0 { "retry is off" } else { NONE_LEFT });
     }
-    let wait = match facts.retry_after {
-        Some(asked) => asked,
-        None => backoff(plan, facts.retries, random),
+    let wait = match facts.pushback {
+        Pushback::Never => return Verdict::Deliver(NONE_WANTED),
+        Pushback::After(asked) => asked,
+        Pushback::Unsaid => backoff(plan, facts.retries, random),
     };
     if wait >= facts.left {
         return Verdict::Deliver("the deadline comes before the next attempt");
     }
     if !budget.0.withdraw(budget.1, now) {
-        return Verdict::Deliver("the retry budget is empty");
+        return Verdict::Deliver(NONE_AFFORDED);
     }
     Verdict::Retry(wait, word)
+}
+
+/// What the configuration calls a failure.
+fn condition(outcome: Outcome) -> Option<Condition> {
+    match outcome {
+        Outcome::Refused => Some(Condition::Connect),
+        Outcome::Unwritten => Some(Condition::RefusedStream),
+        Outcome::Stale | Outcome::Reset => Some(Condition::Reset),
+        Outcome::Timeout => Some(Condition::Timeout),
+        Outcome::Identity => Some(Condition::Identity),
+        Outcome::Protocol => Some(Condition::Protocol),
+        Outcome::Response => Some(Condition::Status),
+        Outcome::Cancelled => None,
+    }
 }
 
 /// Why may a call never be hedged? None if it may: whether there is an endpoint, a budget and the time is another question.
@@ -110,87 +133,6 @@ fn backoff(plan: &RetryPlan, retries: u32, random: &Random) -> Duration {
     Duration::from_secs_f64((ceiling * random.unit()).max(0.0))
 }
 
-const BUCKETS: u32 = 10;
-
-/// How many retries a Service may still spend. State of the Service; one per process.
-#[derive(Debug, Default)]
-pub struct Budget {
-    ring: Mutex<Ring>,
-}
-
-#[derive(Debug, Default)]
-struct Ring {
-    newest: u64,
-    calls: [u32; BUCKETS as usize],
-    retries: [u32; BUCKETS as usize],
-}
-
-impl Budget {
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// A call began: it earns its share of a retry.
-    pub fn deposit(&self, plan: &BudgetPlan, now: Duration) {
-        let mut ring = self.ring.lock();
-        let slot = ring.turn_to(bucket(plan, now));
-        if let Some(calls) = ring.calls.get_mut(slot) {
-            *calls = calls.saturating_add(1);
-        }
-    }
-
-    /// Take a retry if there is one.
-    pub fn withdraw(&self, plan: &BudgetPlan, now: Duration) -> bool {
-        let mut ring = self.ring.lock();
-        let slot = ring.turn_to(bucket(plan, now));
-        if left_in(plan, &ring) < 1.0 {
-            return false;
-        }
-        if let Some(retries) = ring.retries.get_mut(slot) {
-            *retries = retries.saturating_add(1);
-        }
-        true
-    }
-
-    /// Retries that could be spent now.
-    pub fn left(&self, plan: &BudgetPlan, now: Duration) -> f64 {
-        let mut ring = self.ring.lock();
-        ring.turn_to(bucket(plan, now));
-        left_in(plan, &ring)
-    }
-}
-
-fn left_in(plan: &BudgetPlan, ring: &Ring) -> f64 {
-    let sum = |counts: &[u32]| counts.iter().map(|n| f64::from(*n)).sum::<f64>();
-    plan.ratio * sum(&ring.calls) + plan.per_second * plan.window - sum(&ring.retries)
-}
-
-fn bucket(plan: &BudgetPlan, now: Duration) -> u64 {
-    (now.as_secs_f64() * f64::from(BUCKETS) / plan.window.max(0.001)) as u64
-}
-
-impl Ring {
-    /// Forget the buckets between the newest and this one, and say where this one stands.
-    fn turn_to(&mut self, bucket: u64) -> usize {
-        if bucket.saturating_add(u64::from(BUCKETS)) < self.newest {
-            // Not a thread that read its clock a moment ago: a new plan made the window longer, and old numbers mean nothing in it.
-            *self = Self { newest: bucket, ..Self::default() };
-        }
-        let steps = bucket.saturating_sub(self.newest).min(u64::from(BUCKETS));
-        for step in 1..=steps {
-            let slot = ((self.newest + step) % u64::from(BUCKETS)) as usize;
-            if let (Some(calls), Some(retries)) = (self.calls.get_mut(slot), self.retries.get_mut(slot)) {
-                (*calls, *retries) = (0, 0);
-            }
-        }
-        if steps == u64::from(BUCKETS) {
-            (self.calls, self.retries) = Default::default();
-        }
-        self.newest = self.newest.max(bucket);
-        (self.newest % u64::from(BUCKETS)) as usize
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,6 +147,17 @@ mod tests {
             statuses: vec![502, 503, 504],
             idempotency_key: false,
             idempotent: false,
+            on: vec![
+                Condition::Connect,
+                Condition::RefusedStream,
+                Condition::Reset,
+                Condition::Timeout,
+                Condition::Protocol,
+                Condition::Identity,
+                Condition::Status,
+            ],
+            per_try: 0.0,
+            hedge: None,
         }
     }
 
@@ -219,7 +172,7 @@ mod tests {
             most_retries: 1,
             layer: 0,
             left: 15 * SECOND,
-            retry_after: None,
+            pushback: Pushback::Unsaid,
         }
     }
 
@@ -251,25 +204,26 @@ mod tests {
     }
 
     #[test]
+    fn only_the_failures_that_the_route_names_are_repeated() {
+        let narrow = RetryPlan { on: vec![Condition::Connect], ..plan() };
+        let budget = Budget::new();
+        let judged = |outcome| judge(&facts(outcome), &narrow, (&budget, &BUDGET), &Random::new(1), SECOND);
+        assert!(matches!(judged(Outcome::Refused), Verdict::Retry(..)));
+        assert_eq!(judged(Outcome::Reset), Verdict::Deliver("the route does not repeat this kind of failure"));
+        // Nothing was sent: this is no retry.
+        assert_eq!(judged(Outcome::Stale), Verdict::Replay);
+    }
+
+    #[test]
     fn only_one_layer_retries() {
         assert!(matches!(judged(Facts { layer: 1, ..facts(Outcome::Refused) }), Verdict::Deliver(_)));
     }
 
     #[test]
     fn a_wait_beyond_the_deadline_is_not_begun() {
-        let late = Facts { left: SECOND, retry_after: Some(2 * SECOND), ..facts(Outcome::Response) };
+        let late = Facts { left: SECOND, pushback: Pushback::After(2 * SECOND), ..facts(Outcome::Response) };
         assert_eq!(judged(late), Verdict::Deliver("the deadline comes before the next attempt"));
-    }
-
-    #[test]
-    fn budget_gives_a_fifth_of_the_calls_and_ten_a_second() {
-        let budget = Budget::new();
-        for _ in 0..100 {
-            budget.deposit(&BUDGET, SECOND);
-        }
-        assert_eq!((0..1000).filter(|_| budget.withdraw(&BUDGET, SECOND)).count(), 120);
-        assert_eq!(budget.left(&BUDGET, SECOND * 12), 100.0);
-        // A new plan counts at once.
-        assert_eq!(budget.left(&BudgetPlan { per_second: 0.0, ..BUDGET }, SECOND * 12), 0.0);
+        let never = Facts { pushback: Pushback::Never, ..facts(Outcome::Response) };
+        assert_eq!(judged(never), Verdict::Deliver("the endpoint asks not to be tried again"));
     }
 }

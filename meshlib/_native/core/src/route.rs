@@ -2,7 +2,7 @@
 //!
 //! Routes are tried in the order in which the user wrote them; the first whose path, method and headers all match wins, as in
 //! Envoy and Gateway API with explicit order. The weight then draws one backend. It knows nothing of endpoints.
-use crate::model::{BackendPlan, HeaderKind, HeaderPlan, MatchPlan, PathKind, PathPlan, RoutePlan};
+use crate::model::{HeaderKind, PathKind, PathPlan, RoutePlan};
 use crate::random::Random;
 
 /// A path pattern, compiled once.
@@ -16,24 +16,21 @@ pub struct PathPattern {
 #[derive(Debug, Clone, PartialEq)]
 enum Segment {
     Literal(String),
-    Any,
+    /// A variable, by its name.
+    Any(String),
 }
 
 impl PathPattern {
     pub fn compile(plan: &PathPlan) -> Self {
         let segments = match plan.kind {
-            PathKind::Template => {
-                plan.value
-                    .split('/')
-                    .map(|s| {
-                        if s.starts_with('{') && s.ends_with('}') {
-                            Segment::Any
-                        } else {
-                            Segment::Literal(s.to_owned())
-                        }
-                    })
-                    .collect()
-            }
+            PathKind::Template => plan
+                .value
+                .split('/')
+                .map(|s| match s.strip_prefix('{').and_then(|s| s.strip_suffix('}')) {
+                    Some(name) => Segment::Any(name.to_owned()),
+                    None => Segment::Literal(s.to_owned()),
+                })
+                .collect(),
             _ => Vec::new(),
         };
         Self { kind: plan.kind, value: plan.value.clone(), segments }
@@ -47,11 +44,17 @@ impl PathPattern {
                 let mut found = path.split('/');
                 self.segments.iter().all(|wanted| match (wanted, found.next()) {
                     (Segment::Literal(literal), Some(segment)) => literal == segment,
-                    (Segment::Any, Some(segment)) => !segment.is_empty(),
+                    (Segment::Any(_), Some(segment)) => !segment.is_empty(),
                     (_, None) => false,
                 }) && found.next().is_none()
             }
         }
+    }
+
+    /// What a variable of the template stands for in this path.
+    pub fn variable<'a>(&self, name: &str, path: &'a str) -> Option<&'a str> {
+        let place = self.segments.iter().position(|segment| matches!(segment, Segment::Any(known) if known == name))?;
+        path.split('/').nth(place)
     }
 
     pub fn text(&self) -> &str {
@@ -76,37 +79,30 @@ impl Headers for Vec<(Vec<u8>, Vec<u8>)> {
     }
 }
 
-/// One route of a Service: match, backends, and the index of its policy in the plan.
+/// One route of a Service: match, backends, and its policy.
 #[derive(Debug)]
 pub struct Route {
-    pub name: String,
-    path: PathPattern,
-    methods: Vec<String>,
-    headers: Vec<HeaderPlan>,
-    weights: Vec<u32>,
+    pub path: PathPattern,
     total: u32,
     pub plan: RoutePlan,
 }
 
 impl Route {
-    pub fn compile(plan: &RoutePlan) -> Self {
-        let MatchPlan { path, methods, headers } = &plan.matches;
-        let weights: Vec<u32> = plan.backends.iter().map(|b: &BackendPlan| b.weight).collect();
-        Self {
-            name: plan.name.clone(),
-            path: PathPattern::compile(path),
-            methods: methods.clone(),
-            headers: headers.clone(),
-            total: weights.iter().fold(0, |sum, w| sum.saturating_add(*w)),
-            weights,
-            plan: plan.clone(),
-        }
+    pub fn compile(plan: RoutePlan) -> Self {
+        let weights = plan.backends.iter().map(|backend| backend.weight);
+        let total = weights.fold(0, u32::saturating_add);
+        Self { path: PathPattern::compile(&plan.matches.path), total, plan }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.plan.name
     }
 
     pub fn matches(&self, method: &str, path: &str, headers: &dyn Headers) -> bool {
+        let wanted = &self.plan.matches;
         self.path.matches(path)
-            && (self.methods.is_empty() || self.methods.iter().any(|m| m == method))
-            && self.headers.iter().all(|wanted| {
+            && (wanted.methods.is_empty() || wanted.methods.iter().any(|m| m == method))
+            && wanted.headers.iter().all(|wanted| {
                 headers.any(&wanted.name, &mut |value| match wanted.kind {
                     HeaderKind::Present => true,
                     HeaderKind::Exact => value == wanted.value.as_bytes(),
@@ -117,15 +113,15 @@ impl Route {
 
     /// Draw a backend by weight. With one backend no chance is spent, so that adding a second changes nothing else.
     pub fn backend(&self, random: &Random) -> usize {
-        if self.weights.len() < 2 || self.total == 0 {
+        if self.plan.backends.len() < 2 || self.total == 0 {
             return 0;
         }
         let mut left = random.below(self.total as usize) as u32;
-        for (index, weight) in self.weights.iter().enumerate() {
-            if left < *weight {
+        for (index, backend) in self.plan.backends.iter().enumerate() {
+            if left < backend.weight {
                 return index;
             }
-            left -= weight;
+            left -= backend.weight;
         }
         0
     }
@@ -150,6 +146,7 @@ pub fn is_plain_target(target: &str) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
     use super::*;
+    use crate::model::{BackendPlan, HeaderPlan, MatchPlan};
 
     fn pattern(kind: PathKind, value: &str) -> PathPattern {
         PathPattern::compile(&PathPlan { kind, value: value.into() })
@@ -170,6 +167,16 @@ mod tests {
     }
 
     #[test]
+    fn a_variable_of_a_template_is_found_by_its_name() {
+        let p = pattern(PathKind::Template, "/users/{user}/items/{id}");
+        assert_eq!(
+            (p.variable("user", "/users/7/items/9"), p.variable("id", "/users/7/items/9")),
+            (Some("7"), Some("9"))
+        );
+        assert_eq!(p.variable("other", "/users/7/items/9"), None);
+    }
+
+    #[test]
     fn authority_loses_port_dot_and_case() {
         assert_eq!(host_of("Orders.:8080"), "orders");
         assert_eq!(host_of("[::1]:80"), "[::1]");
@@ -180,7 +187,7 @@ mod tests {
             .iter()
             .map(|w| BackendPlan { name: String::new(), labels: Default::default(), weight: *w })
             .collect();
-        Route::compile(&RoutePlan {
+        Route::compile(RoutePlan {
             name: "r".into(),
             matches: MatchPlan {
                 path: PathPlan { kind: PathKind::Prefix, value: "/".into() },
@@ -195,7 +202,11 @@ mod tests {
                 statuses: vec![503],
                 idempotency_key: false,
                 idempotent: false,
-            },
+                on: Vec::new(),
+                per_try: 0.0,
+                hedge: None,
+            }
+            .into(),
             deadline: 15.0,
             stream_idle: 60.0,
         })

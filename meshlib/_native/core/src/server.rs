@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use parking_lot::RwLock;
 
-use crate::admit::InFlight;
+use crate::admit::permits::InFlight;
 use crate::secure::authorize::{is_grpc_method, is_method, Question, Verdict};
 use crate::secure::path::{canonical, Path};
 
@@ -80,8 +80,11 @@ pub struct Entry {
     refusal: Option<Refusal>,
     begun: Duration,
     deadline: Option<Duration>,
+    layer: u32,
     generation: u32,
     is_done: AtomicBool,
+    /// A call that its handler made has failed for good.
+    is_spent: AtomicBool,
 }
 
 impl Gate {
@@ -92,6 +95,7 @@ impl Gate {
 
     pub fn begin(&self, arrival: &Arrival<'_>) -> Entry {
         let mut entry = self.entry(arrival.method, arrival.peer, arrival.is_tls, arrival.now);
+        entry.layer = arrival.headers.layer();
         let deadline =
             arrival.deadline.or_else(|| arrival.headers.remaining().map(|left| arrival.now.saturating_add(left)));
         let refusal = entry.secure(arrival).or_else(|| entry.authorize()).or_else(|| entry.admit(deadline));
@@ -143,8 +147,10 @@ impl Gate {
             refusal: None,
             begun: now,
             deadline: None,
+            layer: 0,
             generation: self.state.generation.load(Ordering::Relaxed),
             is_done: AtomicBool::new(false),
+            is_spent: AtomicBool::new(false),
         }
     }
 }

@@ -3,20 +3,31 @@
 //! The call holds the Service's permit from `begin` to its end, and an Endpoint's permit for each attempt under way. Attempts have
 //! tokens, because hedges may overlap. Latency is taken at `head`; the permit ends with the body; what fails after `head` counts
 //! against the endpoint and is never repeated. A call that is dropped gives everything back.
+//!
+//! ```text
+//! call/choose.rs  who takes the next attempt     call/hedge.rs   a second attempt beside the first
+//! call/learn.rs   what an attempt teaches        call/record.rs  what is left for whoever asks why
+//! ```
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::carried;
-use super::fleet::{Backend, Eligible, Endpoint, Fleet, Service};
+use super::fleet::{session_of, Backend, Fleet, Labels};
+use super::keys::Asked;
+use super::limits::Admission;
+use super::service::Service;
 use super::Refusal;
-use crate::balance::{round_robin, two_choices, Pick};
-use crate::model::{classify, BalancePolicy, Class, Outcome};
-use crate::observe::Counters;
+use crate::model::{classify, seconds, Class, Outcome, Pushback, StickyKind, WeightSource};
 use crate::random::Random;
-use crate::retry::{judge, Facts, Verdict};
+use crate::retry::{judge, Facts, Verdict, NONE_AFFORDED, NONE_LEFT, NONE_WANTED};
 use crate::route::{Headers, Route};
 
+mod choose;
 mod hedge;
+mod learn;
+mod record;
+
+pub use record::{Candidate, Event, Record};
 
 /// What the application asks.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +45,14 @@ pub struct Request<'a> {
     pub hedge: Option<Duration>,
     /// Endpoints of this zone first.
     pub zone: Option<&'a str>,
+    /// The application's own key for a consistent hash.
+    pub key: Option<&'a str>,
+    /// On whose behalf: the SPIFFE ID of our own caller.
+    pub peer: Option<&'a str>,
+    /// Only endpoints that carry these labels, in place of the route's backends.
+    pub labels: Option<&'a Labels>,
+    /// The global store of rate limits is away, and ours stand in.
+    pub is_standby: bool,
     /// The application's own word; None leaves it to method and route.
     pub is_idempotent: Option<bool>,
     pub is_replayable: bool,
@@ -45,10 +64,10 @@ pub struct Request<'a> {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Next {
     Wait(Duration),
+    /// The endpoint is at this place of the fleet: `Call::address`, `Call::identity`.
     Send {
         token: u32,
-        address: Arc<str>,
-        identity: Arc<str>,
+        place: u32,
         is_http2: bool,
     },
     /// An attempt is under way, and what comes of it decides.
@@ -64,33 +83,58 @@ pub enum Reply {
     Await,
 }
 
+/// What a driver has to do for this call beyond the ordinary, as bits, so that the ordinary call costs one look.
+pub mod extra {
+    /// It may be hedged.
+    pub const HEDGE: u8 = 1;
+    /// The answer may have to carry a session.
+    pub const SESSION: u8 = 2;
+    /// An attempt has a time of its own.
+    pub const PER_TRY: u8 = 4;
+    /// Load reports in answers are wanted.
+    pub const REPORT: u8 = 8;
+}
+
 pub struct Call {
     service: Arc<Service>,
     fleet: Arc<Fleet>,
     random: Arc<Random>,
-    route: usize,
-    backend: usize,
+    route: u32,
+    backend: u32,
+    /// In place of the route's backend, and its name.
+    subset: Option<Box<(String, Arc<Backend>)>>,
     begun: Duration,
     deadline: Duration,
     is_idempotent: bool,
     is_replayable: bool,
-    layer: u32,
     has_replayed: bool,
+    is_done: bool,
+    /// It failed with its retries used up.
+    is_spent: bool,
+    /// It waits for a permit of the Service.
+    is_pending: bool,
+    /// The attempt whose answer the caller got.
+    delivered: Option<u32>,
+    /// When it was driven last.
+    last: Duration,
+    layer: u32,
     /// Retries spent, and how many there may be.
     retries: u32,
     most_retries: u32,
     /// The hedge that may still come, and how many were sent.
     hedge: Option<Duration>,
     hedges: u32,
-    /// Its number in the fleet.
+    /// The zone that the call wishes for, and ours, by their numbers in the fleet.
     zone: Option<u32>,
+    own_zone: Option<u32>,
+    /// The key that picks a home.
+    hash: Option<u64>,
+    /// The endpoint of the caller's session.
+    session: Option<u32>,
     wait_until: Option<Duration>,
     /// Where the next attempt goes, if that is settled already.
-    chosen: Option<(u32, Event)>,
+    chosen: Option<Box<(u32, bool, Event)>>,
     attempts: Vec<Attempt>,
-    /// Places of the endpoints that were tried.
-    tried: Vec<u32>,
-    is_done: bool,
     trail: Vec<Event>,
     /// The trace that this call began, the same for all its attempts.
     trace: Option<String>,
@@ -113,62 +157,8 @@ impl Attempt {
     }
 }
 
-/// An endpoint as a record shows it.
-pub struct Candidate {
-    pub place: u32,
-    pub address: String,
-    pub zone: String,
-    pub breaker: &'static str,
-    /// Seconds.
-    pub average: f64,
-    pub in_flight: u32,
-}
-
-/// One decision, for `explain`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    pub at: Duration,
-    pub phase: &'static str,
-    pub what: &'static str,
-    pub endpoint: Option<u32>,
-    pub cost: f64,
-    /// What the choice was compared with.
-    pub other: Option<(u32, f64)>,
-    pub status: u16,
-    pub word: &'static str,
-    /// Seconds to wait, or what is left in the budget.
-    pub amount: f64,
-}
-
-impl Event {
-    const NONE: Event = Event {
-        at: Duration::ZERO,
-        phase: "",
-        what: "",
-        endpoint: None,
-        cost: 0.0,
-        other: None,
-        status: 0,
-        word: "",
-        amount: 0.0,
-    };
-}
-
-/// The whole story of a call, in words.
-pub struct Record {
-    pub service: String,
-    pub route: String,
-    pub backend: String,
-    pub deadline: f64,
-    pub is_idempotent: bool,
-    pub retries: u32,
-    pub hedges: u32,
-    pub endpoints: Vec<Candidate>,
-    pub events: Vec<Event>,
-}
-
 impl Call {
-    /// route, then the Service's limit: once per call, above retry and balance.
+    /// route, then the Service's limits: once per call, above retry and balance.
     pub(super) fn begin(
         service: Arc<Service>,
         random: Arc<Random>,
@@ -176,32 +166,30 @@ impl Call {
         headers: &dyn Headers,
         now: Duration,
     ) -> Result<Self, Refusal> {
-        let Some(index) = service.routes.iter().position(|r| r.matches(request.method, request.path, headers)) else {
+        let found = service.routes.iter().enumerate().find(|(_, r)| r.matches(request.method, request.path, headers));
+        let Some((index, route)) = found else {
             let text = format!("no route of {:?} matches {} {}", service.plan.name, request.method, request.path);
             return Err(Refusal::NoRoute(text));
         };
-        let Some(route) = service.routes.get(index) else {
-            return Err(Refusal::Misuse("a route that was found is gone"));
-        };
-        let limit = service.plan.admit.in_flight;
-        let own = now + request.timeout.unwrap_or_else(|| Duration::from_secs_f64(route.plan.deadline.max(0.0)));
+        let own = now + request.timeout.unwrap_or_else(|| seconds(route.plan.deadline));
         let deadline = request.deadline.map_or(own, |end| end.min(own));
         if deadline <= now {
             let text = format!("the deadline had passed before the call to {:?} began", service.plan.name);
             return Err(Refusal::DeadlineExceeded(text));
         }
-        if !service.state.in_flight.enter(limit) {
-            let text = format!("{limit} calls to {:?} are in flight already", service.plan.name);
-            return Err(Refusal::LimitExceeded(text));
-        }
+        let asked = Asked { request, headers, service: &service.plan.name, route };
+        let admission = service.admit(&asked, &random, now)?;
         service.state.budget.deposit(&service.plan.budget, now);
-        let backend = route.backend(&random);
+        let retry = &route.plan.retry;
         let is_idempotent = request.is_idempotent.unwrap_or_else(|| {
-            route.plan.retry.idempotent
+            retry.idempotent
                 || matches!(request.method, "GET" | "HEAD" | "OPTIONS")
-                || (route.plan.retry.idempotency_key && headers.any("idempotency-key", &mut |v| !v.is_empty()))
+                || (retry.idempotency_key && headers.any("idempotency-key", &mut |v| !v.is_empty()))
         });
+        let learnt = hedge::learnt(&service, retry, now);
         let fleet = service.fleet();
+        let balance = &service.plan.balance;
+        let is_keyed = request.key.is_some() || !balance.hash.on.is_empty();
         let mut trail = Vec::with_capacity(4);
         trail.push(Event {
             at: now,
@@ -210,25 +198,38 @@ impl Call {
             amount: deadline.saturating_sub(now).as_secs_f64(),
             ..Event::NONE
         });
+        if admission == Admission::Pending {
+            trail.push(Event { at: now, phase: "admit", what: "waiting for a permit", ..Event::NONE });
+        }
         Ok(Self {
-            route: index,
-            backend,
+            route: index as u32,
+            backend: route.backend(&random) as u32,
+            subset: request.labels.map(|labels| Box::new((named(labels), service.subset(&fleet, labels)))),
             begun: now,
             deadline,
             is_idempotent,
             is_replayable: request.is_replayable,
-            layer: request.layer,
             has_replayed: false,
+            is_done: false,
+            is_spent: false,
+            is_pending: admission == Admission::Pending,
+            delivered: None,
+            last: now,
+            layer: request.layer,
             retries: 0,
-            most_retries: request.retries.unwrap_or(route.plan.retry.attempts),
-            hedge: request.hedge,
+            most_retries: request.retries.unwrap_or(retry.attempts),
+            hedge: request.hedge.or(learnt),
             hedges: 0,
             zone: request.zone.and_then(|zone| fleet.zone(zone)),
+            own_zone: fleet.zone(&service.zone),
+            hash: if is_keyed { asked.hash(&balance.hash.on) } else { None },
+            session: match balance.sticky.kind {
+                StickyKind::None => None,
+                kind => asked.session(kind, &balance.sticky.name).and_then(|session| fleet.of_session(session)),
+            },
             wait_until: None,
             chosen: None,
             attempts: Vec::with_capacity(1),
-            tried: Vec::new(),
-            is_done: false,
             trail,
             trace: None,
             service,
@@ -237,12 +238,66 @@ impl Call {
         })
     }
 
+    /// What the driver has to do beyond the ordinary: bits of `extra`.
+    pub fn extras(&self) -> u8 {
+        let plan = &self.service.plan.balance;
+        let has = |bit: u8, is_there: bool| if is_there { bit } else { 0 };
+        has(extra::HEDGE, self.hedge.is_some())
+            | has(extra::SESSION, plan.sticky.kind != StickyKind::None)
+            | has(extra::PER_TRY, self.per_try().is_some())
+            | has(extra::REPORT, plan.weights == WeightSource::Orca)
+    }
+
+    /// How long one attempt may take.
+    pub fn per_try(&self) -> Option<Duration> {
+        let time = self.plan().map_or(0.0, |route| route.plan.retry.per_try);
+        (time > 0.0).then(|| seconds(time))
+    }
+
+    /// What the answer has to carry so that the caller comes back to the same endpoint; None: nothing new.
+    pub fn new_session(&self) -> Option<(StickyKind, &str, u64)> {
+        let sticky = &self.service.plan.balance.sticky;
+        let delivered = self.delivered.and_then(|token| self.attempts.get(token as usize));
+        let place = delivered.or(self.attempts.last()).map(|attempt| attempt.place)?;
+        if sticky.kind == StickyKind::None || self.session == Some(place) {
+            return None;
+        }
+        let endpoint = self.fleet.endpoints.get(place as usize)?;
+        Some((sticky.kind, &sticky.name, session_of(self.fleet.address(endpoint))))
+    }
+
+    /// The address of an endpoint that `next` named.
+    pub fn address(&self, place: u32) -> &str {
+        self.fleet.endpoints.get(place as usize).map_or("", |endpoint| self.fleet.address(endpoint))
+    }
+
+    /// Whom it must prove to be; empty: plain text.
+    pub fn identity(&self, place: u32) -> &str {
+        self.fleet.endpoints.get(place as usize).map_or("", |endpoint| self.fleet.identity(endpoint))
+    }
+
+    /// The application wants no more retries.
+    pub fn stop(&mut self) {
+        self.most_retries = self.retries;
+        self.hedge = None;
+    }
+
+    /// The application's own wait, in place of the backoff that `head` decided.
+    pub fn wait(&mut self, wait: Duration, now: Duration) {
+        if self.wait_until.is_some() {
+            self.wait_until = Some(now + wait);
+            if let Some(event) = self.trail.iter_mut().rev().find(|event| event.what == "again") {
+                event.amount = wait.as_secs_f64();
+            }
+        }
+    }
+
     pub fn service(&self) -> &str {
         &self.service.plan.name
     }
 
     pub fn route(&self) -> &str {
-        self.service.routes.get(self.route).map_or("", |route| &route.name)
+        self.plan().map_or("", Route::name)
     }
 
     pub fn deadline(&self) -> Duration {
@@ -251,7 +306,7 @@ impl Call {
 
     /// Seconds for a connection to come about.
     pub fn connect_timeout(&self) -> Duration {
-        Duration::from_secs_f64(self.service.plan.admit.connect.max(0.0))
+        seconds(self.service.plan.admit.connect)
     }
 
     /// Seconds without progress that the body of a stream may stay.
@@ -268,6 +323,11 @@ impl Call {
         self.trace.get_or_insert_with(|| carried::traceparent(&self.random, sample))
     }
 
+    /// It failed with its retries used up: whoever called us need not begin anew.
+    pub fn is_spent(&self) -> bool {
+        self.is_spent
+    }
+
     /// Attempts sent so far; the number of the next one, which travels.
     pub fn attempts(&self) -> u32 {
         self.layer + self.retries + self.hedges
@@ -280,10 +340,11 @@ impl Call {
 
     /// balance > admit: who takes the next attempt.
     pub fn next(&mut self, now: Duration) -> Result<Next, Refusal> {
+        self.last = now;
         if self.is_done {
             return Err(Refusal::Misuse("next() after the end of the call"));
         }
-        if self.chosen.is_none() && self.under_way() > 0 {
+        if self.chosen.is_none() && self.attempts.iter().any(Attempt::is_under_way) {
             return Ok(Next::Await);
         }
         if now >= self.deadline {
@@ -296,14 +357,22 @@ impl Call {
                 ))
             }));
         }
-        if let Some(until) = self.wait_until.take() {
+        if self.is_pending {
+            if let Some(wait) = self.service.admit_pending() {
+                return Ok(Next::Wait(wait.min(self.deadline - now)));
+            }
+            self.is_pending = false;
+            let waited = now.saturating_sub(self.begun).as_secs_f64();
+            self.trail.push(Event { at: now, phase: "admit", what: "got a permit", amount: waited, ..Event::NONE });
+        }
+        if let Some(until) = self.wait_until {
             if now < until {
-                self.wait_until = Some(until);
                 return Ok(Next::Wait(until - now));
             }
+            self.wait_until = None;
         }
         let (place, is_probe, event) = match self.chosen.take() {
-            Some((place, event)) => (place, false, event),
+            Some(chosen) => *chosen,
             None => match self.choose(now) {
                 Some(choice) => choice,
                 None => return Err(self.refuse(now, Self::nowhere)),
@@ -313,15 +382,8 @@ impl Call {
             return Err(Refusal::Misuse("an endpoint that was chosen is gone"));
         };
         endpoint.state.in_flight.enter(u32::MAX);
-        let next = Next::Send {
-            token: self.attempts.len() as u32,
-            address: endpoint.address.clone(),
-            identity: endpoint.identity.clone(),
-            is_http2: self.service.plan.protocol == "http2",
-        };
-        if !self.tried.contains(&place) {
-            self.tried.push(place);
-        }
+        let is_http2 = self.service.plan.protocol == "http2";
+        let next = Next::Send { token: self.attempts.len() as u32, place, is_http2 };
         self.trail.push(Event { at: now, phase: "balance", endpoint: Some(place), ..event });
         self.attempts.push(Attempt { place, sent: now, status: 0, is_probe, is_over: false, took: None });
         Ok(next)
@@ -333,9 +395,10 @@ impl Call {
         token: u32,
         outcome: Outcome,
         status: u16,
-        retry_after: Option<Duration>,
+        pushback: Pushback,
         now: Duration,
     ) -> Result<Reply, Refusal> {
+        self.last = now;
         let service = self.service.clone();
         let fleet = self.fleet.clone();
         let Some(attempt) = self.attempts.get_mut(token as usize).filter(|a| !a.is_over && a.took.is_none()) else {
@@ -347,7 +410,7 @@ impl Call {
             return Err(Refusal::Misuse("an endpoint in use is gone"));
         };
         let class = classify(outcome, status);
-        self.learn(&service, endpoint, class, is_probe, took, retry_after, now);
+        self.learn(&service, endpoint, (outcome, status), is_probe, took, pushback, now);
         if outcome != Outcome::Cancelled {
             endpoint.state.counters.note(status, matches!(class, Class::Failure | Class::Dead), took);
         }
@@ -361,6 +424,7 @@ impl Call {
             self.end_attempt(token);
             return Ok(Reply::Await);
         }
+        let mut budget = -1.0;
         let verdict = match self.plan() {
             Some(route) if !is_plain || is_listed => {
                 let facts = Facts {
@@ -373,12 +437,14 @@ impl Call {
                     most_retries: self.most_retries,
                     layer: self.layer,
                     left: self.deadline.saturating_sub(now),
-                    retry_after,
+                    pushback,
                 };
+                budget = service.state.budget.left(&service.plan.budget, now);
                 judge(&facts, &route.plan.retry, (&service.state.budget, &service.plan.budget), &self.random, now)
             }
             _ => Verdict::Deliver("answered"),
         };
+        self.is_spent = matches!(verdict, Verdict::Deliver(NONE_LEFT | NONE_AFFORDED | NONE_WANTED));
         let (what, word, wait) = match verdict {
             Verdict::Deliver(word) => ("delivered", word, 0.0),
             Verdict::Retry(wait, word) => ("again", word, wait.as_secs_f64()),
@@ -393,20 +459,23 @@ impl Call {
             ..Event::NONE
         });
         if !is_plain {
-            self.trail.push(Event { at: now, phase: "retry", what, word, amount: wait, ..Event::NONE });
+            self.trail.push(Event { at: now, phase: "retry", what, word, amount: wait, budget, ..Event::NONE });
         }
         match verdict {
             Verdict::Retry(wait, _) => {
                 self.wait_until = Some(now + wait);
                 self.retries += 1;
-                Counters::add(&endpoint.state.counters.retries);
-                Counters::add(&service.state.counters.retries);
+                endpoint.state.counters.retry();
+                service.state.counters.retry();
             }
             Verdict::Replay => {
                 self.has_replayed = true;
-                self.chosen = Some((place, Event { what: "sent again on a fresh connection", ..Event::NONE }));
+                let event = Event { what: "sent again on a fresh connection", ..Event::NONE };
+                // A probe that found a dead connection is still one.
+                self.chosen = Some(Box::new((place, is_probe, event)));
             }
             Verdict::Deliver(_) if outcome == Outcome::Response => {
+                self.delivered = Some(token);
                 self.give_up_rest(now);
                 return Ok(Reply::Deliver);
             }
@@ -425,14 +494,15 @@ impl Call {
         let Some(attempt) = self.attempts.get(token as usize).filter(|a| !a.is_over) else {
             return Err(Refusal::Misuse("finish() for an attempt that is over"));
         };
-        let (place, status) = (attempt.place, attempt.status);
+        // One that ends without a head is judged here, as a probe too.
+        let (place, status, is_probe) = (attempt.place, attempt.status, attempt.is_probe && attempt.took.is_none());
         let mut is_failure = status >= 500;
         if outcome != Outcome::Response {
             let class = classify(outcome, 0);
             let (service, fleet) = (self.service.clone(), self.fleet.clone());
             if let Some(endpoint) = fleet.endpoints.get(place as usize) {
                 let took = now.saturating_sub(attempt.sent);
-                self.learn(&service, endpoint, class, false, took, None, now);
+                self.learn(&service, endpoint, (outcome, 0), is_probe, took, Pushback::Unsaid, now);
             }
             self.trail.push(Event {
                 at: now,
@@ -459,138 +529,27 @@ impl Call {
             let Some(attempt) = self.attempts.get(token as usize).filter(|a| !a.is_over) else { continue };
             if attempt.is_probe && attempt.took.is_none() {
                 if let Some(endpoint) = fleet.endpoints.get(attempt.place as usize) {
-                    self.service.note(endpoint, Class::Ignored, true, &self.random, now);
+                    self.service.note(endpoint, Class::Ignored, Duration::ZERO, true, &self.random, now);
                 }
             }
             self.end_attempt(token);
         }
         self.trail.push(Event { at: now, phase: "send", what: "cancelled", ..Event::NONE });
         self.is_done = true;
-        self.service.state.in_flight.leave();
-    }
-
-    pub fn record(&self, now: Duration) -> Record {
-        let balance = &self.service.plan.balance;
-        let mut places: Vec<u32> =
-            self.trail.iter().flat_map(|e| [e.endpoint, e.other.map(|o| o.0)]).flatten().collect();
-        places.sort_unstable();
-        places.dedup();
-        let describe = |place: u32| {
-            let endpoint = self.fleet.endpoints.get(place as usize)?;
-            let health = endpoint.state.health.lock();
-            Some(Candidate {
-                place,
-                address: endpoint.address.to_string(),
-                zone: self.fleet.zone_of(endpoint).to_owned(),
-                breaker: health.breaker.state.word(),
-                average: health.average.read(balance, now),
-                in_flight: endpoint.state.in_flight.count(),
-            })
-        };
-        let plan = self.plan().map(|route| &route.plan);
-        Record {
-            service: self.service.plan.name.clone(),
-            route: self.route().to_owned(),
-            backend: plan.and_then(|p| p.backends.get(self.backend)).map_or(String::new(), |b| b.name.clone()),
-            deadline: self.deadline.saturating_sub(self.begun).as_secs_f64(),
-            is_idempotent: self.is_idempotent,
-            retries: self.retries,
-            hedges: self.hedges,
-            endpoints: places.into_iter().filter_map(describe).collect(),
-            events: self.trail.iter().map(|e| Event { at: e.at.saturating_sub(self.begun), ..e.clone() }).collect(),
+        self.leave();
+        if self.attempts.iter().all(|attempt| attempt.took.is_none()) {
+            self.service.unasked(now);
         }
     }
 
     fn plan(&self) -> Option<&Route> {
-        self.service.routes.get(self.route)
+        self.service.routes.get(self.route as usize)
     }
 
-    /// Three cases, in this order:
-    /// 1. An ejected endpoint whose wait is over takes this call as its probe (first attempts only: a retry must not gamble).
-    /// 2. The balancer picks among those that were not tried.
-    /// 3. Nothing is left there: endpoints that were tried already.
-    fn choose(&self, now: Duration) -> Option<(u32, bool, Event)> {
-        let backend = self.fleet.backend(self.route, self.backend)?;
-        if self.attempts.is_empty() {
-            if let Some(place) = self.service.probe(&self.fleet, backend, self.is_idempotent, now) {
-                return Some((place as u32, true, Event { what: "probe", ..Event::NONE }));
-            }
-        }
-        let (place, event) = self.choose_untried(now).or_else(|| {
-            // A healthy one that was tried before one that is known to be sick.
-            let pick = self.pick(backend, false, &[], now).or_else(|| self.pick(backend, true, &[], now))?;
-            picked(pick, backend, "picked again, for want of another")
-        })?;
-        Some((place, false, event))
-    }
-
-    /// Three cases, in this order:
-    /// 1. The healthy of the backend in the zone that the call prefers. Not in panic, when all must share what there is.
-    /// 2. The healthy of the backend; in panic, all of it.
-    /// 3. Other backends of the route.
-    fn choose_untried(&self, now: Duration) -> Option<(u32, Event)> {
-        let backend = self.fleet.backend(self.route, self.backend)?;
-        let is_panic = self.service.is_panicking(&self.fleet, backend);
-        if let Some(near) = self.zone.filter(|_| !is_panic).and_then(|zone| backend.in_zone(zone)) {
-            if let Some(pick) = self.pick(near, false, &self.tried, now) {
-                return picked(pick, near, "picked in zone");
-            }
-        }
-        if let Some(pick) = self.pick(backend, is_panic, &self.tried, now) {
-            let what = match self.zone {
-                _ if is_panic => "picked in panic",
-                Some(_) => "picked outside the zone",
-                None => "picked",
-            };
-            return picked(pick, backend, what);
-        }
-        let others = &self.plan()?.plan.backends;
-        for index in (0..others.len()).filter(|index| *index != self.backend) {
-            if others.get(index).is_none_or(|plan| plan.weight == 0) {
-                continue; // it takes no traffic, by configuration
-            }
-            let Some(other) = self.fleet.backend(self.route, index) else { continue };
-            if let Some(pick) = self.pick(other, false, &self.tried, now) {
-                return picked(pick, other, "picked from another backend");
-            }
-        }
-        None
-    }
-
-    fn pick(&self, backend: &Backend, is_panic: bool, tried: &[u32], now: Duration) -> Option<Pick> {
-        let balance = &self.service.plan.balance;
-        let view = Eligible { fleet: &self.fleet, backend, balance, now, is_panic, tried };
-        match balance.policy {
-            BalancePolicy::PeakEwma => two_choices(&view, &self.random),
-            BalancePolicy::RoundRobin => round_robin(&view, &backend.turn),
-        }
-    }
-
-    /// Tell average and breaker what an attempt was like.
-    #[allow(clippy::too_many_arguments)] // the facts of one attempt, used at two places of this file
-    fn learn(
-        &mut self,
-        service: &Service,
-        endpoint: &Endpoint,
-        class: Class,
-        is_probe: bool,
-        took: Duration,
-        retry_after: Option<Duration>,
-        now: Duration,
-    ) {
-        const LONGEST_PENALTY: Duration = Duration::from_secs(300);
-        let balance = &service.plan.balance;
-        match class {
-            Class::Ignored => {}
-            Class::Success => endpoint.state.health.lock().average.add(took, balance, now),
-            Class::Overload | Class::Failure | Class::Dead => {
-                let penalty = Duration::from_secs_f64(balance.penalty.max(0.0));
-                let slow = took.max(penalty).max(retry_after.unwrap_or_default().min(LONGEST_PENALTY));
-                endpoint.state.health.lock().average.add(slow, balance, now);
-            }
-        }
-        if let Some(word) = service.note(endpoint, class, is_probe, &self.random, now) {
-            self.trail.push(Event { at: now, phase: "admit", what: word, ..Event::NONE });
+    fn backend(&self) -> Option<&Backend> {
+        match &self.subset {
+            Some(subset) => Some(&subset.1),
+            None => self.fleet.backend(self.route as usize, self.backend as usize).map(|backend| &**backend),
         }
     }
 
@@ -608,10 +567,20 @@ impl Call {
     fn end(&mut self, status: u16, is_failure: bool, now: Duration) {
         if !self.is_done {
             self.is_done = true;
-            self.service.state.in_flight.leave();
+            self.leave();
             // The last head that came is the one that counted, also where attempts overlapped.
             let took = self.attempts.iter().filter_map(|a| a.took.map(|t| a.sent + t)).max().unwrap_or(now);
             self.service.state.counters.note(status, is_failure, took.saturating_sub(self.begun));
+        }
+    }
+
+    /// Give back the Service's permit, or the place in the queue for one.
+    fn leave(&mut self) {
+        if self.is_pending {
+            self.is_pending = false;
+            self.service.state.in_flight.give_up();
+        } else {
+            self.service.state.in_flight.leave();
         }
     }
 
@@ -625,9 +594,15 @@ impl Call {
 
     fn nowhere(&self) -> Refusal {
         let (service, route) = (&self.service.plan.name, self.route());
-        let count = self.fleet.backend(self.route, self.backend).map_or(0, |backend| backend.count(&self.fleet));
+        let count = self.backend().map_or(0, |backend| backend.count(&self.fleet));
+        if let Some((labels, _)) = self.subset.as_deref().filter(|_| count == 0) {
+            return Refusal::NoEndpoint(format!("no endpoint of {service:?} carries the labels {labels}"));
+        }
         if count == 0 {
             return Refusal::NoEndpoint(format!("the backend of route {route:?} of {service:?} has no endpoints"));
+        }
+        if self.service.plan.is_guard {
+            return Refusal::CircuitOpen(format!("{service:?} has failed too often, and its circuit is open"));
         }
         Refusal::CircuitOpen(format!(
             "all {count} endpoints of the backend of route {route:?} of {service:?} are taken out"
@@ -635,14 +610,13 @@ impl Call {
     }
 }
 
-fn picked(pick: Pick, backend: &Backend, what: &'static str) -> Option<(u32, Event)> {
-    let place = backend.place(pick.index)?;
-    let other = pick.other.and_then(|(index, cost)| backend.place(index).map(|p| (p as u32, cost)));
-    Some((place as u32, Event { what, cost: pick.cost, other, ..Event::NONE }))
+/// `version=v2,zone=a`: what explain calls a subset.
+fn named(labels: &Labels) -> String {
+    labels.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(",")
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        self.abandon(self.begun);
+        self.abandon(self.last);
     }
 }

@@ -9,6 +9,9 @@ use crate::random::Random;
 pub const DEADLINE: &str = "x-mesh-deadline-ms";
 pub const ATTEMPT: &str = "x-mesh-attempt";
 pub const TRACEPARENT: &str = "traceparent";
+pub const TRACESTATE: &str = "tracestate";
+/// Our key in `tracestate`, as `server::headers` reads it.
+const STATE: &str = "meshlib";
 
 /// Taken from the deadline that the next hop is told: its answer needs time to travel back.
 const HOP_MARGIN: Duration = Duration::from_millis(5);
@@ -21,6 +24,24 @@ pub fn is_ours(name: &[u8]) -> bool {
 
 pub fn is_trace(name: &[u8]) -> bool {
     name.len() == TRACEPARENT.len() && name.eq_ignore_ascii_case(TRACEPARENT.as_bytes())
+}
+
+pub fn is_state(name: &[u8]) -> bool {
+    name.len() == TRACESTATE.len() && name.eq_ignore_ascii_case(TRACESTATE.as_bytes())
+}
+
+/// The state of a trace with our attempt in front (the newest entry stands first, W3C Trace Context 3.3), in the place of an older one:
+/// a hop that knows nothing but traces hands it on, and whoever is behind it doesn't retry what is retried here.
+pub fn tracestate(attempt: u32, given: &[u8]) -> Vec<u8> {
+    let mut state = format!("{STATE}={attempt}").into_bytes();
+    let is_old = |member: &&[u8]| member.strip_prefix(STATE.as_bytes()).is_some_and(|rest| rest.first() == Some(&b'='));
+    let members = given.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+    // 32 in all (W3C): the oldest stand last.
+    for member in members.filter(|member| !member.is_empty() && !is_old(member)).take(31) {
+        state.push(b',');
+        state.extend_from_slice(member);
+    }
+    state
 }
 
 /// Milliseconds that the next hop has; never 0, which some would read as "none".
@@ -46,6 +67,12 @@ mod tests {
     fn names_are_compared_without_case() {
         assert!(is_ours(b"X-Mesh-Deadline-MS") && is_ours(b"x-mesh-attempt") && is_trace(b"TraceParent"));
         assert!(!is_ours(b"x-mesh-deadline") && !is_trace(b"tracestate"));
+    }
+
+    #[test]
+    fn the_attempt_stands_first_in_the_state_and_once() {
+        assert_eq!(tracestate(1, b""), b"meshlib=1");
+        assert_eq!(tracestate(2, b"a=b, meshlib=1 ,c=d"), b"meshlib=2,a=b,c=d");
     }
 
     #[test]

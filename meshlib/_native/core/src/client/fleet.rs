@@ -1,376 +1,297 @@
-//! Whose state is it? The Service owns budget, limit and routes; the Backend is one weighted target of a route and owns its
-//! balancer; the Endpoint is one address and owns breaker, average and count.
+//! Who are the endpoints of a Service at one moment, and who of them belongs to which Backend?
 //!
-//! A plan and a list of endpoints are immutable once compiled. What a call has learnt lives behind `Arc`s that survive a swap by
-//! name or address: a new snapshot must not make a sick endpoint look healthy.
+//! A fleet is immutable once it is made, and a call pins one. Thousands of endpoints share a handful of identities, label sets and
+//! zones, and their addresses stand in one text: what is left of an endpoint is 32 bytes and its state, which survives a swap by its
+//! address, since a new snapshot must not make a sick endpoint look healthy. Tables of balancers are built here, off the request's path.
+//! A call that pins an older fleet goes by the counts of its last moment. It does not judge health; `health.rs` does, and only tells the counts.
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use parking_lot::Mutex;
 
-use crate::admit::{Breaker, InFlight, Signal, State};
-use crate::balance::{PeakEwma, View};
-use crate::model::{Address, BalancePlan, Class, ServicePlan};
-use crate::observe::{Counters, Reading};
+use super::health::{EndpointState, Health};
+use super::service::Service;
+use crate::balance::alias::Alias;
+use crate::balance::hash::xxh64;
+use crate::balance::locality;
+use crate::balance::maglev;
+use crate::balance::orca;
+use crate::balance::ring::Ring;
+use crate::balance::stride::Stride;
+use crate::model::{seconds, Address, BalancePlan, BalancePolicy, LocalityPolicy, OrcaPlan, StickyKind, WeightSource};
 use crate::random::Random;
-use crate::retry::Budget;
-use crate::route::Route;
 
-/// Tier: Service. The compiled plan, and the endpoints of the moment.
-pub struct Service {
-    pub plan: ServicePlan,
-    pub routes: Vec<Route>,
-    pub state: Arc<ServiceState>,
-    fleet: Mutex<Arc<Fleet>>,
-}
+pub type Labels = BTreeMap<String, String>;
 
-/// Tier: Service. What outlives a swap.
-pub struct ServiceState {
-    pub budget: Budget,
-    pub in_flight: InFlight,
-    pub counters: Counters,
-    /// Endpoints that a breaker took out, in the order of their ejection.
-    ejected: Mutex<Vec<Arc<EndpointState>>>,
-    pub ejected_count: AtomicUsize,
-}
+/// The largest weight of a round robin counts for so many times the mean at most: in a large fleet, where a turn that takes too many steps
+/// ends in a long scan, for less.
+const MOST_STEPS: [f32; 2] = [50.0, 10.0];
+const LARGE: usize = 1000;
 
-/// The endpoints of a Service at one moment, and who of them belongs to which Backend.
+/// Subsets that calls ask for by labels, and that are kept; more are made anew each time.
+const MOST_SUBSETS: usize = 64;
+
+/// The endpoints of a Service at one moment.
 pub struct Fleet {
     pub version: u64,
     pub endpoints: Vec<Endpoint>,
+    /// All addresses, one after the other.
+    text: String,
+    identities: Vec<Arc<str>>,
+    labels: Vec<Arc<Labels>>,
     /// Their names, by number.
     zones: Vec<String>,
     /// By route, by backend.
-    backends: Vec<Vec<Arc<Backend>>>,
+    backends: Vec<Box<[Arc<Backend>]>>,
+    /// The same, each once.
+    distinct: Vec<(Labels, Arc<Backend>)>,
+    subsets: Mutex<Vec<(Labels, Arc<Backend>)>>,
+    /// Endpoints by what a session names them, made when somebody looks for one.
+    index: OnceLock<Box<AHashMap<u64, u32>>>,
+    /// Callers by zone, in the order of `zones`; empty: unknown.
+    callers: Mutex<Vec<u32>>,
+    /// The number of our own zone, where calls go by the zones' shares.
+    shared_from: Option<u32>,
+    /// Endpoints that a breaker, a check or a person took out.
+    out: AtomicU32,
+    /// The largest weight, and the mean of those that reported one (f32 bits).
+    top: AtomicU32,
+    mean: AtomicU32,
+}
+
+/// Tier: Endpoint. One address of one moment.
+pub struct Endpoint {
+    pub state: Arc<EndpointState>,
+    at: u32,
+    pub weight: f32,
+    /// Numbers in the fleet's lists.
+    labels: u32,
+    /// Whom it must prove to be, and what discovery said of it: a new plan is merged with the latter, not with the old plan.
+    identity: u32,
+    found_identity: u32,
+    length: u16,
+    zone: u16,
 }
 
 /// Tier: Backend.
 pub struct Backend {
     /// None: all endpoints of the Service.
-    members: Option<Vec<u32>>,
-    /// Its endpoints by zone, where there is more than one.
-    zones: Vec<Backend>,
-    pub turn: AtomicUsize,
+    members: Option<Box<[u32]>>,
+    /// Its part in each zone by number, where there is more than one.
+    zones: Box<[Backend]>,
+    /// Its parts in the order of preference: own zone, the listed ones, all others together (failover).
+    pub tiers: Box<[Backend]>,
+    /// Share of the calls that a zone gets (zone-aware), f32 bits, by zone number.
+    shares: Box<[AtomicU32]>,
+    /// Members that take traffic, and how many of those a breaker, a check or a person took out.
+    able: u32,
+    out: AtomicU32,
+    /// The sum of its weights.
+    pub weight: f32,
+    pub turn: Stride,
+    pub table: Table,
 }
 
-/// Tier: Endpoint. One address of one moment.
-pub struct Endpoint {
-    pub address: Arc<str>,
-    /// Whom it must prove to be; empty for plain text.
-    pub identity: Arc<str>,
-    /// What discovery said of its identity, so that a new plan is merged with that and not with the old plan.
-    found_identity: Arc<str>,
-    weight: f32,
-    zone: u32,
-    labels: Arc<BTreeMap<String, String>>,
-    pub state: Arc<EndpointState>,
-}
-
-/// Tier: Endpoint. What outlives a swap.
-pub struct EndpointState {
-    pub in_flight: InFlight,
-    /// The breaker's word as balance needs it: read without a lock.
-    is_out: AtomicBool,
-    /// Its place in the newest fleet.
-    place: AtomicU32,
-    pub health: Mutex<Health>,
-    pub counters: Counters,
-}
-
-pub struct Health {
-    pub breaker: Breaker,
-    pub average: PeakEwma,
-}
-
-// === impl Service ===
-
-impl Service {
-    pub fn compile(plan: ServicePlan, old: &AHashMap<String, Arc<Service>>, now: Duration) -> Self {
-        let known = old.values().find(|service| service.plan.name == plan.name);
-        let routes: Vec<Route> = plan.routes.iter().map(Route::compile).collect();
-        let state = match known {
-            Some(service) => service.state.clone(),
-            None => Arc::new(ServiceState {
-                budget: Budget::new(),
-                in_flight: InFlight::default(),
-                counters: Counters::default(),
-                ejected: Mutex::default(),
-                ejected_count: AtomicUsize::new(0),
-            }),
-        };
-        let service = Self { plan, routes, state, fleet: Mutex::new(Arc::new(Fleet::empty())) };
-        if let Some(known) = known {
-            let fleet = known.fleet();
-            service.install(fleet.version, fleet.addresses(), &fleet, now);
-        }
-        service
-    }
-
-    pub fn fleet(&self) -> Arc<Fleet> {
-        self.fleet.lock().clone()
-    }
-
-    pub fn resolve(&self, version: u64, addresses: Vec<Address>, now: Duration) {
-        let old = self.fleet();
-        if version >= old.version {
-            self.install(version, addresses, &old, now);
-        }
-    }
-
-    fn install(&self, version: u64, addresses: Vec<Address>, old: &Fleet, now: Duration) {
-        let known: AHashMap<&str, &Arc<EndpointState>> =
-            old.endpoints.iter().map(|e| (&*e.address, &e.state)).collect();
-        // Thousands of endpoints share a handful of label sets and identities: keep one of each.
-        let mut labels: Vec<Arc<BTreeMap<String, String>>> = Vec::new();
-        let mut identities: AHashMap<String, Arc<str>> = AHashMap::new();
-        let mut zones: AHashMap<String, u32> = AHashMap::new();
-        let mut endpoints: Vec<Endpoint> = Vec::with_capacity(addresses.len());
-        for (place, found) in addresses.into_iter().enumerate() {
-            let shared = match labels.iter().find(|known| ***known == found.labels) {
-                Some(known) => known.clone(),
-                None => {
-                    let fresh = Arc::new(found.labels);
-                    labels.push(fresh.clone());
-                    fresh
-                }
-            };
-            // A service without identity is plain by configuration, whatever discovery says of one endpoint.
-            let is_common = found.identity.is_empty() || self.plan.identity.is_empty();
-            let wanted = if is_common { self.plan.identity.clone() } else { found.identity.clone() };
-            let mut share = |text: String| identities.entry(text.clone()).or_insert_with(|| Arc::from(text)).clone();
-            let (identity, found_identity) = (share(wanted), share(found.identity));
-            let state = match known.get(&*found.address) {
-                Some(state) => (*state).clone(),
-                None => Arc::new(EndpointState::new(&self.plan.balance, now)),
-            };
-            state.place.store(place as u32, Ordering::Release);
-            let next = zones.len() as u32;
-            let zone = *zones.entry(found.zone).or_insert(next);
-            endpoints.push(Endpoint {
-                address: Arc::from(found.address),
-                identity,
-                found_identity,
-                weight: found.weight.max(0.0) as f32,
-                zone,
-                labels: shared,
-                state,
-            });
-        }
-        let all = Arc::new(Backend::new(None, &endpoints, zones.len()));
-        let backends = self
-            .routes
-            .iter()
-            .map(|route| {
-                let select = |wanted: &BTreeMap<String, String>| {
-                    if wanted.is_empty() {
-                        return all.clone();
-                    }
-                    let is_member = |e: &Endpoint| wanted.iter().all(|(name, value)| e.labels.get(name) == Some(value));
-                    let members = endpoints.iter().enumerate().filter(|(_, e)| is_member(e)).map(|(i, _)| i as u32);
-                    Arc::new(Backend::new(Some(members.collect()), &endpoints, zones.len()))
-                };
-                route.plan.backends.iter().map(|backend| select(&backend.labels)).collect()
-            })
-            .collect();
-        let mut zones: Vec<(String, u32)> = zones.into_iter().collect();
-        zones.sort_unstable_by_key(|(_, number)| *number);
-        let zones = zones.into_iter().map(|(name, _)| name).collect();
-        let fleet = Arc::new(Fleet { version, endpoints, zones, backends });
-        let old = std::mem::replace(&mut *self.fleet.lock(), fleet.clone());
-        self.state.keep_ejected(|state| fleet.place_of(state).is_some());
-        // A table of many endpoints is freed where nobody waits for it.
-        drop(old);
-    }
-
-    pub fn isolate(&self, address: &str, is_isolated: bool, now: Duration) -> bool {
-        let fleet = self.fleet();
-        let Some(endpoint) = fleet.endpoints.iter().find(|e| &*e.address == address) else {
-            return false;
-        };
-        let mut health = endpoint.state.health.lock();
-        health.breaker.signal(if is_isolated { Signal::Isolate } else { Signal::Release });
-        if !is_isolated {
-            health.breaker.reset();
-            health.average = PeakEwma::new(&self.plan.balance, now);
-        }
-        endpoint.state.is_out.store(health.breaker.state != State::Closed, Ordering::Release);
-        drop(health);
-        self.state.keep_ejected(|state| !Arc::ptr_eq(state, &endpoint.state));
-        true
-    }
-
-    /// What a breaker has to say after an attempt. Returns a word for the record if the state changed.
-    pub fn note(
-        &self,
-        endpoint: &Endpoint,
-        class: Class,
-        is_probe: bool,
-        random: &Random,
-        now: Duration,
-    ) -> Option<&'static str> {
-        let (plan, state) = (&self.plan.admit.breaker, &endpoint.state);
-        let mut health = state.health.lock();
-        match health.breaker.state {
-            State::HalfOpen if is_probe => match class {
-                Class::Success | Class::Overload => {
-                    health.breaker.reset();
-                    health.average = PeakEwma::new(&self.plan.balance, now);
-                    state.is_out.store(false, Ordering::Release);
-                    drop(health);
-                    self.state.keep_ejected(|known| !Arc::ptr_eq(known, state));
-                    Some("probe succeeded: closed")
-                }
-                Class::Ignored => {
-                    // It waits again: an endpoint that hangs must not take every call of an impatient caller as its probe.
-                    health.breaker.signal(Signal::ProbeVanished);
-                    health.breaker.wait_again(now);
-                    None
-                }
-                Class::Failure | Class::Dead => {
-                    health.breaker.signal(Signal::ProbeFailed);
-                    health.breaker.open(plan, random, now);
-                    Some("probe failed: open again")
-                }
-            },
-            State::Closed => {
-                if !health.breaker.note(class, plan, now) || !self.may_eject() {
-                    return None;
-                }
-                health.breaker.signal(Signal::Trip);
-                health.breaker.open(plan, random, now);
-                state.is_out.store(true, Ordering::Release);
-                drop(health);
-                // One that discovery has taken away meanwhile would count as ejected for ever.
-                let is_here = self.fleet().place_of(state).is_some();
-                let mut ejected = self.state.ejected.lock();
-                if is_here {
-                    ejected.push(state.clone());
-                    self.state.ejected_count.store(ejected.len(), Ordering::Release);
-                }
-                drop(ejected);
-                Counters::add(&state.counters.ejections);
-                Counters::add(&self.state.counters.ejections);
-                Some("ejected")
-            }
-            // Attempts that were under way when the breaker opened say nothing new.
-            _ => None,
-        }
-    }
-
-    /// At most a share of the endpoints, and never the last one: an outage of all must not look like an outage of the mesh.
-    fn may_eject(&self) -> bool {
-        let total = self.fleet.lock().endpoints.len();
-        let out = self.state.ejected_count.load(Ordering::Acquire) + 1;
-        out < total && out as f64 <= total as f64 * self.plan.admit.breaker.max_ejected
-    }
-
-    /// An ejected endpoint of this Backend whose wait is over; it is half open from here on, for this one call.
-    pub fn probe(&self, fleet: &Fleet, backend: &Backend, is_idempotent: bool, now: Duration) -> Option<usize> {
-        if self.state.ejected_count.load(Ordering::Acquire) == 0 {
-            return None;
-        }
-        let ejected = self.state.ejected.lock();
-        ejected.iter().find_map(|state| {
-            let mut health = state.health.lock();
-            if !health.breaker.is_due(is_idempotent, now) {
-                return None;
-            }
-            let place = fleet.place_of(state)?;
-            if !backend.has(place) {
-                return None;
-            }
-            health.breaker.signal(Signal::Probe);
-            Some(place)
-        })
-    }
-
-    /// So few endpoints of this Backend are healthy that health is ignored.
-    pub fn is_panicking(&self, fleet: &Fleet, backend: &Backend) -> bool {
-        let out = self.state.ejected_count.load(Ordering::Acquire);
-        if out == 0 {
-            return false;
-        }
-        let total = backend.count(fleet);
-        let out = match &backend.members {
-            None => out,
-            Some(_) => {
-                let ejected = self.state.ejected.lock();
-                ejected.iter().filter(|s| fleet.place_of(s).is_some_and(|place| backend.has(place))).count()
-            }
-        };
-        ((total.saturating_sub(out)) as f64) < total as f64 * self.plan.balance.panic
-    }
-
-    /// In a forked child nothing of the parent's is under way.
-    pub fn forget_in_flight(&self) {
-        self.state.in_flight.clear();
-        for endpoint in &self.fleet().endpoints {
-            endpoint.state.in_flight.clear();
-            // The probe is the parent's, and its end will not be told here.
-            endpoint.state.health.lock().breaker.signal(Signal::ProbeVanished);
-        }
-    }
-
-    pub fn read(&self, now: Duration) -> Vec<EndpointReading> {
-        let mut list = vec![EndpointReading {
-            service: self.plan.name.clone(),
-            endpoint: String::new(),
-            in_flight: self.state.in_flight.count(),
-            breaker: "",
-            ewma: 0.0,
-            counters: super::reading(&self.state.counters),
-            budget: self.state.budget.left(&self.plan.budget, now),
-        }];
-        for endpoint in &self.fleet().endpoints {
-            let health = endpoint.state.health.lock();
-            list.push(EndpointReading {
-                service: self.plan.name.clone(),
-                endpoint: endpoint.address.to_string(),
-                in_flight: endpoint.state.in_flight.count(),
-                breaker: health.breaker.state.word(),
-                ewma: health.average.read(&self.plan.balance, now),
-                counters: super::reading(&endpoint.state.counters),
-                budget: 0.0,
-            });
-        }
-        list
-    }
-}
-
-/// What the exporters see of an Endpoint, or of the Service itself (`endpoint` empty).
-#[derive(Debug, Clone)]
-pub struct EndpointReading {
-    pub service: String,
-    pub endpoint: String,
-    pub in_flight: u32,
-    pub breaker: &'static str,
-    pub ewma: f64,
-    pub counters: Reading,
-    pub budget: f64,
-}
-
-// === impl ServiceState ===
-
-impl ServiceState {
-    fn keep_ejected(&self, keep: impl Fn(&Arc<EndpointState>) -> bool) {
-        let mut ejected = self.ejected.lock();
-        ejected.retain(keep);
-        self.ejected_count.store(ejected.len(), Ordering::Release);
-    }
+/// What a policy needs beside the members.
+pub enum Table {
+    None,
+    Alias(Alias),
+    Ring(Ring),
+    Maglev(maglev::Table),
 }
 
 // === impl Fleet ===
 
+impl Default for Fleet {
+    fn default() -> Self {
+        Self {
+            version: 0,
+            endpoints: Vec::new(),
+            text: String::new(),
+            identities: Vec::new(),
+            labels: Vec::new(),
+            zones: Vec::new(),
+            backends: Vec::new(),
+            distinct: Vec::new(),
+            subsets: Mutex::default(),
+            index: OnceLock::new(),
+            callers: Mutex::default(),
+            shared_from: None,
+            out: AtomicU32::new(0),
+            top: AtomicU32::new(0),
+            mean: AtomicU32::new(0),
+        }
+    }
+}
+
 impl Fleet {
-    fn empty() -> Self {
-        Self { version: 0, endpoints: Vec::new(), zones: Vec::new(), backends: Vec::new() }
+    /// The fleet of these addresses for a Service; what `old` knew of an address is kept.
+    pub fn compile(service: &Service, version: u64, addresses: &[Address], old: &Fleet, now: Duration) -> Self {
+        let plan = &service.plan;
+        let known: AHashMap<&str, &Arc<EndpointState>> =
+            old.endpoints.iter().map(|e| (old.address(e), &e.state)).collect();
+        // The first fleet has nobody to compare with: all are as warm as each other.
+        let warms_up = plan.balance.slow_start > 0.0 && !old.endpoints.is_empty();
+        let mut fleet = Self {
+            version,
+            text: String::with_capacity(addresses.iter().map(|a| a.address.len()).sum()),
+            ..Self::default()
+        };
+        fleet.endpoints.reserve_exact(addresses.len());
+        let mut numbers = Numbers::default();
+        let mut seen = AHashSet::with_capacity(addresses.len());
+        for found in addresses {
+            // Twice the same address is one endpoint: it has one state.
+            if !seen.insert(&*found.address) {
+                continue;
+            }
+            // A service without identity is plain by configuration, whatever discovery says of one endpoint.
+            let is_common = found.identity.is_empty() || plan.identity.is_empty();
+            let wanted = if is_common { &plan.identity } else { &found.identity };
+            let state = match known.get(&*found.address) {
+                Some(state) => (*state).clone(),
+                None => Arc::new(EndpointState::new(&plan.balance, warms_up, now)),
+            };
+            let at = fleet.text.len() as u32;
+            fleet.text.push_str(&found.address);
+            fleet.endpoints.push(Endpoint {
+                state,
+                at,
+                length: u16::try_from(found.address.len()).unwrap_or(u16::MAX),
+                weight: found.weight.max(0.0) as f32,
+                labels: numbers.label(&mut fleet.labels, &found.labels),
+                zone: numbers.zone(&mut fleet.zones, &found.zone),
+                identity: numbers.identity(&mut fleet.identities, wanted),
+                found_identity: numbers.identity(&mut fleet.identities, &found.identity),
+            });
+        }
+        let weights = || fleet.endpoints.iter().map(|e| e.weight).filter(|weight| *weight > 0.0);
+        let mut top = weights().fold(0.0, f32::max);
+        if plan.balance.policy == BalancePolicy::RoundRobin {
+            // A turn takes as many steps as the largest weight is above the mean.
+            let mean = weights().sum::<f32>() / weights().count().max(1) as f32;
+            let [few, many] = MOST_STEPS;
+            top = top.min(mean * if fleet.endpoints.len() < LARGE { few } else { many });
+        }
+        fleet.top.store(top.to_bits(), Ordering::Relaxed);
+        if plan.balance.sticky.kind != StickyKind::None {
+            fleet.index();
+        }
+        *fleet.out.get_mut() = fleet.endpoints.iter().filter(|e| e.state.is_out()).count() as u32;
+        if plan.balance.locality.policy == LocalityPolicy::ZoneAware {
+            fleet.shared_from = fleet.zone(&service.zone);
+        }
+        fleet.divide(service, old);
+        if plan.balance.weights == WeightSource::Orca {
+            fleet.weigh(service, now);
+        }
+        fleet
+    }
+
+    /// From here on it is the newest, and each endpoint's place is its place in this one. What changed since it was compiled is counted
+    /// again where `is_stale`.
+    pub fn take_over(&self, is_stale: bool) {
+        for (place, endpoint) in self.endpoints.iter().enumerate() {
+            endpoint.state.place.store(place as u32, Ordering::Release);
+        }
+        if is_stale {
+            let out = self.endpoints.iter().filter(|e| e.state.is_out()).count();
+            self.out.store(out as u32, Ordering::Release);
+            self.distinct.iter().for_each(|(_, backend)| backend.recount(self));
+            self.share_zones();
+        }
+    }
+
+    /// How many endpoints are out.
+    pub fn out(&self) -> usize {
+        self.out.load(Ordering::Acquire) as usize
+    }
+
+    /// The Backends of all routes; routes that ask for the same labels share one.
+    fn divide(&mut self, service: &Service, old: &Fleet) {
+        let mut made: Vec<(Labels, Arc<Backend>)> = Vec::new();
+        let mut backends = Vec::with_capacity(service.routes.len());
+        for route in &service.routes {
+            let of_route = route.plan.backends.iter().map(|wanted| {
+                match made.iter().find(|(labels, _)| *labels == wanted.labels) {
+                    Some((_, backend)) => backend.clone(),
+                    None => {
+                        // Whose turn it is doesn't begin anew because an endpoint came or went.
+                        let before = old.distinct.iter().find(|(labels, _)| *labels == wanted.labels);
+                        let start = before.map_or(service.start, |(_, backend)| backend.turn.now());
+                        let backend = Arc::new(self.backend_of(service, &wanted.labels, start, true));
+                        made.push((wanted.labels.clone(), backend.clone()));
+                        backend
+                    }
+                }
+            });
+            backends.push(of_route.collect());
+        }
+        self.distinct = made;
+        self.backends = backends;
+        self.share_zones();
+    }
+
+    fn backend_of(&self, service: &Service, wanted: &Labels, start: u64, is_whole: bool) -> Backend {
+        if wanted.is_empty() {
+            return Backend::new(None, self, service, start, is_whole);
+        }
+        let is_member = |labels: &Labels| wanted.iter().all(|(name, value)| labels.get(name) == Some(value));
+        // Labels are few, endpoints many.
+        let fits: Vec<bool> = self.labels.iter().map(|labels| is_member(labels)).collect();
+        let members = self.endpoints.iter().enumerate();
+        let members =
+            members.filter(|(_, e)| fits.get(e.labels as usize).copied().unwrap_or(false)).map(|(n, _)| n as u32);
+        Backend::new(Some(members.collect()), self, service, start, is_whole)
+    }
+
+    /// The endpoints that carry these labels, for a call that asks for them itself.
+    pub fn subset(&self, service: &Service, wanted: &Labels) -> Arc<Backend> {
+        let mut subsets = self.subsets.lock();
+        if let Some((_, backend)) = subsets.iter().find(|(labels, _)| labels == wanted) {
+            return backend.clone();
+        }
+        // One that is not kept has no tables: they would be built for this call alone.
+        let is_kept = subsets.len() < MOST_SUBSETS;
+        let backend = Arc::new(self.backend_of(service, wanted, service.start, is_kept));
+        backend.share_zones(self);
+        if is_kept {
+            subsets.push((wanted.clone(), backend.clone()));
+        }
+        backend
     }
 
     pub fn backend(&self, route: usize, backend: usize) -> Option<&Arc<Backend>> {
         self.backends.get(route).and_then(|list| list.get(backend))
+    }
+
+    pub fn address(&self, endpoint: &Endpoint) -> &str {
+        let at = endpoint.at as usize;
+        self.text.get(at..at + usize::from(endpoint.length)).unwrap_or("")
+    }
+
+    pub fn identity(&self, endpoint: &Endpoint) -> &str {
+        self.identities.get(endpoint.identity as usize).map_or("", |identity| identity)
+    }
+
+    fn index(&self) -> &AHashMap<u64, u32> {
+        self.index.get_or_init(|| {
+            let named = self.endpoints.iter().enumerate().map(|(n, e)| (session_of(self.address(e)), n as u32));
+            Box::new(named.collect())
+        })
+    }
+
+    pub fn find(&self, address: &str) -> Option<&Endpoint> {
+        let place = self.index().get(&session_of(address))?;
+        self.endpoints.get(*place as usize).filter(|e| self.address(e) == address)
+    }
+
+    /// The endpoint that a session names.
+    pub fn of_session(&self, session: u64) -> Option<u32> {
+        self.index().get(&session).copied()
     }
 
     /// The number of a zone; None also where all endpoints are in one, so that there is nothing to prefer.
@@ -380,43 +301,181 @@ impl Fleet {
     }
 
     pub fn zone_of(&self, endpoint: &Endpoint) -> &str {
-        self.zones.get(endpoint.zone as usize).map_or("", String::as_str)
+        self.zones.get(usize::from(endpoint.zone)).map_or("", String::as_str)
+    }
+
+    /// How many endpoints there are in each zone.
+    pub fn zone_counts(&self) -> Vec<(String, u32)> {
+        let mut counts: Vec<(String, u32)> = self.zones.iter().map(|zone| (zone.clone(), 0)).collect();
+        for endpoint in &self.endpoints {
+            if let Some((_, count)) = counts.get_mut(usize::from(endpoint.zone)) {
+                *count += 1;
+            }
+        }
+        counts
+    }
+
+    /// Who calls, by zone: what zone-aware balancing weighs its own share with.
+    pub fn set_callers(&self, counts: &[(String, u32)]) {
+        let of = |zone: &String| counts.iter().find(|(name, _)| name == zone).map_or(0, |(_, count)| *count);
+        *self.callers.lock() = if counts.is_empty() { Vec::new() } else { self.zones.iter().map(of).collect() };
+        self.share_zones();
     }
 
     /// Where an endpoint stands in this fleet, if it does.
-    fn place_of(&self, state: &Arc<EndpointState>) -> Option<usize> {
+    pub fn place_of(&self, state: &Arc<EndpointState>) -> Option<usize> {
         let place = state.place.load(Ordering::Acquire) as usize;
         self.endpoints.get(place).filter(|e| Arc::ptr_eq(&e.state, state)).map(|_| place)
     }
 
-    fn addresses(&self) -> Vec<Address> {
+    /// An endpoint went out, or came in again.
+    pub fn count_out(&self, place: usize, is_out: bool) {
+        step(&self.out, is_out);
+        if self.endpoints.get(place).is_none_or(|e| e.weight <= 0.0) {
+            return;
+        }
+        for (_, backend) in &self.distinct {
+            backend.count_out(place, is_out);
+        }
+        for (_, backend) in self.subsets.lock().iter() {
+            backend.count_out(place, is_out);
+        }
+    }
+
+    /// Compute anew which zone gets how much: endpoints or their health have changed.
+    pub fn share_zones(&self) {
+        if self.shared_from.is_none() {
+            return;
+        }
+        for (_, backend) in &self.distinct {
+            backend.share_zones(self);
+        }
+        for (_, backend) in self.subsets.lock().iter() {
+            backend.share_zones(self);
+        }
+    }
+
+    pub fn addresses(&self) -> Vec<Address> {
         let back = |e: &Endpoint| Address {
-            address: e.address.to_string(),
+            address: self.address(e).to_owned(),
             weight: f64::from(e.weight),
             zone: self.zone_of(e).to_owned(),
-            labels: (*e.labels).clone(),
-            identity: e.found_identity.to_string(),
+            labels: self.labels.get(e.labels as usize).map_or_else(Labels::new, |labels| (**labels).clone()),
+            identity: self.identities.get(e.found_identity as usize).map_or_else(String::new, |i| i.to_string()),
         };
         self.endpoints.iter().map(back).collect()
     }
+
+    /// What an endpoint said of itself, where that counts, or discovery of it.
+    pub fn weight(&self, endpoint: &Endpoint, health: &Health, plan: &BalancePlan, now: Duration) -> f64 {
+        let said = health.load.as_ref().filter(|_| plan.weights == WeightSource::Orca);
+        f64::from(said.and_then(|load| load.read(&terms(&plan.orca), now)).unwrap_or(endpoint.weight))
+    }
+
+    /// The largest weight there is: 0 if none takes traffic.
+    pub fn top(&self) -> f32 {
+        f32::from_bits(self.top.load(Ordering::Relaxed))
+    }
+
+    /// The mean of the weights that were reported; 0 without any.
+    pub fn mean(&self) -> f32 {
+        f32::from_bits(self.mean.load(Ordering::Relaxed))
+    }
+
+    /// Look at all reported weights, once a second and off the request's path.
+    pub fn weigh(&self, service: &Service, now: Duration) {
+        let terms = terms(&service.plan.balance.orca);
+        let said = |e: &Endpoint| e.state.health.lock().load.as_ref().and_then(|load| load.read(&terms, now));
+        let weights: Vec<Option<f32>> = self.endpoints.iter().map(said).collect();
+        let mean = orca::mean(weights.iter().copied());
+        let top = weights.iter().flatten().fold(mean.unwrap_or(1.0), |top, weight| top.max(*weight));
+        // As in gRPC: the largest counts for ten times the mean at most, which bounds the draws too.
+        let top = mean.map_or(top, |mean| top.min(10.0 * mean));
+        self.mean.store(mean.unwrap_or(0.0).to_bits(), Ordering::Relaxed);
+        self.top.store(top.to_bits(), Ordering::Relaxed);
+    }
+}
+
+/// How long a report counts.
+pub fn terms(plan: &OrcaPlan) -> orca::Terms {
+    orca::Terms { blackout: seconds(plan.blackout), expiry: seconds(plan.expiry) }
+}
+
+/// How many endpoints have been met with what is kept once.
+#[derive(Default)]
+struct Numbers<'a> {
+    zones: AHashMap<&'a str, u16>,
+    identities: AHashMap<&'a str, u32>,
+    last_labels: Option<(&'a Labels, u32)>,
+    labels: AHashMap<&'a Labels, u32>,
+}
+
+impl<'a> Numbers<'a> {
+    fn zone(&mut self, zones: &mut Vec<String>, name: &'a str) -> u16 {
+        *self.zones.entry(name).or_insert_with(|| {
+            zones.push(name.to_owned());
+            (zones.len() - 1).min(usize::from(u16::MAX)) as u16
+        })
+    }
+
+    fn identity(&mut self, identities: &mut Vec<Arc<str>>, text: &'a str) -> u32 {
+        *self.identities.entry(text).or_insert_with(|| {
+            identities.push(Arc::from(text));
+            (identities.len() - 1) as u32
+        })
+    }
+
+    fn label(&mut self, all: &mut Vec<Arc<Labels>>, found: &'a Labels) -> u32 {
+        // Neighbours are alike more often than not.
+        if let Some((last, number)) = self.last_labels.filter(|(last, _)| *last == found) {
+            self.last_labels = Some((last, number));
+            return number;
+        }
+        let number = *self.labels.entry(found).or_insert_with(|| {
+            all.push(Arc::new(found.clone()));
+            (all.len() - 1) as u32
+        });
+        self.last_labels = Some((found, number));
+        number
+    }
+}
+
+/// What a session says instead of an address: the same in all processes. It is opaque, and no secret: who knows an address knows it.
+pub fn session_of(address: &str) -> u64 {
+    const SESSION: u64 = 0x6d65_7368_6c69_6221;
+    xxh64(address.as_bytes(), SESSION)
 }
 
 // === impl Backend ===
 
 impl Backend {
-    fn new(members: Option<Vec<u32>>, endpoints: &[Endpoint], zones: usize) -> Self {
-        let plain = |members| Self { members, zones: Vec::new(), turn: AtomicUsize::new(0) };
-        let mut backend = plain(members);
-        if zones > 1 {
-            let mut lists = vec![Vec::new(); zones];
-            for place in
-                (0..backend.members.as_ref().map_or(endpoints.len(), Vec::len)).filter_map(|i| backend.place(i))
-            {
-                if let Some(list) = endpoints.get(place).and_then(|endpoint| lists.get_mut(endpoint.zone as usize)) {
-                    list.push(place as u32);
-                }
+    fn new(members: Option<Box<[u32]>>, fleet: &Fleet, service: &Service, start: u64, is_whole: bool) -> Self {
+        let mut backend = Self {
+            members,
+            zones: Box::default(),
+            tiers: Box::default(),
+            shares: Box::default(),
+            able: 0,
+            out: AtomicU32::new(0),
+            weight: 0.0,
+            turn: Stride::new(start),
+            table: Table::None,
+        };
+        let places: Vec<u32> =
+            (0..backend.count(fleet)).filter_map(|n| backend.place(n)).map(|place| place as u32).collect();
+        let able = || places.iter().filter_map(|place| fleet.endpoints.get(*place as usize)).filter(|e| e.weight > 0.0);
+        backend.able = able().count() as u32;
+        *backend.out.get_mut() = able().filter(|e| e.state.is_out()).count() as u32;
+        backend.weight = able().map(|e| e.weight).sum();
+        backend.table = Table::build(&places, fleet, service, is_whole);
+        if is_whole && fleet.zones.len() > 1 {
+            let part = |list: Vec<u32>| Self::new(Some(list.into()), fleet, service, start, false);
+            let by_number: Vec<usize> = (0..fleet.zones.len()).collect();
+            backend.zones = divide(&places, fleet, &by_number).into_iter().map(part).collect();
+            backend.shares = by_number.iter().map(|_| AtomicU32::new(0)).collect();
+            if service.plan.balance.locality.policy == LocalityPolicy::Failover && !service.zone.is_empty() {
+                backend.tiers = divide(&places, fleet, &ranks(fleet, service)).into_iter().map(part).collect();
             }
-            backend.zones = lists.into_iter().map(|list| plain(Some(list))).collect();
         }
         backend
     }
@@ -427,77 +486,121 @@ impl Backend {
     }
 
     pub fn count(&self, fleet: &Fleet) -> usize {
-        self.members.as_ref().map_or(fleet.endpoints.len(), Vec::len)
+        self.members.as_ref().map_or(fleet.endpoints.len(), |members| members.len())
+    }
+
+    /// Members that are out.
+    pub fn out(&self) -> usize {
+        self.out.load(Ordering::Acquire) as usize
     }
 
     pub fn place(&self, index: usize) -> Option<usize> {
         self.members.as_ref().map_or(Some(index), |members| members.get(index).map(|m| *m as usize))
     }
 
-    fn has(&self, place: usize) -> bool {
+    pub fn has(&self, place: usize) -> bool {
         self.members.as_ref().is_none_or(|members| members.binary_search(&(place as u32)).is_ok())
     }
-}
 
-// === impl EndpointState ===
-
-impl EndpointState {
-    fn new(plan: &BalancePlan, now: Duration) -> Self {
-        Self {
-            in_flight: InFlight::default(),
-            is_out: AtomicBool::new(false),
-            place: AtomicU32::new(0),
-            health: Mutex::new(Health { breaker: Breaker::new(), average: PeakEwma::new(plan, now) }),
-            counters: Counters::default(),
+    fn count_out(&self, place: usize, is_out: bool) {
+        if !self.has(place) {
+            return;
+        }
+        step(&self.out, is_out);
+        for part in self.zones.iter().chain(&self.tiers) {
+            part.count_out(place, is_out);
         }
     }
 
-    pub fn is_out(&self) -> bool {
-        self.is_out.load(Ordering::Acquire)
+    /// How many are healthy, and how many there are. Who has no weight takes no traffic and counts for neither.
+    pub fn health(&self) -> (u32, u32) {
+        (self.able.saturating_sub(self.out() as u32), self.able)
     }
 
-    pub fn is_isolated(&self) -> bool {
-        self.is_out() && self.health.lock().breaker.state == State::Isolated
-    }
-}
-
-/// What balance may see: who can be chosen, and at what cost.
-pub struct Eligible<'a> {
-    pub fleet: &'a Fleet,
-    pub backend: &'a Backend,
-    pub balance: &'a BalancePlan,
-    pub now: Duration,
-    /// Health is ignored (but not a person's word).
-    pub is_panic: bool,
-    /// Endpoints that this call has tried already.
-    pub tried: &'a [u32],
-}
-
-impl Eligible<'_> {
-    fn endpoint(&self, index: usize) -> Option<(usize, &Endpoint)> {
-        let place = self.backend.place(index)?;
-        self.fleet.endpoints.get(place).map(|endpoint| (place, endpoint))
-    }
-}
-
-impl View for Eligible<'_> {
-    fn count(&self) -> usize {
-        self.backend.count(self.fleet)
+    /// Its members' health from the beginning.
+    fn recount(&self, fleet: &Fleet) {
+        let is_out = |place: usize| fleet.endpoints.get(place).is_some_and(|e| e.weight > 0.0 && e.state.is_out());
+        let out = (0..self.count(fleet)).filter_map(|n| self.place(n)).filter(|place| is_out(*place)).count();
+        self.out.store(out as u32, Ordering::Release);
+        self.zones.iter().chain(&self.tiers).for_each(|part| part.recount(fleet));
     }
 
-    fn is_eligible(&self, index: usize) -> bool {
-        let Some((place, endpoint)) = self.endpoint(index) else { return false };
-        if endpoint.weight <= 0.0 {
-            return false;
+    fn share_zones(&self, fleet: &Fleet) {
+        let Some(own) = fleet.shared_from else { return };
+        let healthy: Vec<u32> = self.zones.iter().map(|part| part.health().0).collect();
+        let mut shares = vec![0.0f32; healthy.len()];
+        locality::zone_shares(own as usize, &healthy, &fleet.callers.lock(), &mut shares);
+        for (slot, share) in self.shares.iter().zip(shares) {
+            slot.store(share.to_bits(), Ordering::Relaxed);
         }
-        let is_healthy = !endpoint.state.is_out() || (self.is_panic && !endpoint.state.is_isolated());
-        is_healthy && !self.tried.contains(&(place as u32))
     }
 
-    fn cost(&self, index: usize) -> f64 {
-        self.endpoint(index).map_or(f64::INFINITY, |(_, endpoint)| {
-            let average = endpoint.state.health.lock().average.read(self.balance, self.now);
-            average * f64::from(endpoint.state.in_flight.count().saturating_add(1)) / f64::from(endpoint.weight)
-        })
+    /// A zone by its share of the calls.
+    pub fn draw_zone(&self, random: &Random) -> Option<&Backend> {
+        let mut left = random.unit() as f32;
+        let mut last = None;
+        for (part, share) in self.zones.iter().zip(&self.shares) {
+            let share = f32::from_bits(share.load(Ordering::Relaxed));
+            if share > 0.0 {
+                last = Some(part);
+                left -= share;
+                if left < 0.0 {
+                    break;
+                }
+            }
+        }
+        last
     }
 }
+
+fn step(count: &AtomicU32, is_up: bool) {
+    let next = |n: u32| if is_up { n.checked_add(1) } else { n.checked_sub(1) };
+    let _ = count.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+}
+
+/// Of each zone, which place it has in the order of preference.
+fn ranks(fleet: &Fleet, service: &Service) -> Vec<usize> {
+    let order = &service.plan.balance.locality.order;
+    let rank = |zone: &String| match order.iter().position(|wanted| wanted == zone) {
+        _ if **zone == *service.zone => 0,
+        Some(listed) => 1 + listed,
+        None => 1 + order.len(),
+    };
+    // More priorities than are told apart share the last.
+    fleet.zones.iter().map(|zone| rank(zone).min(locality::PRIORITIES - 1)).collect()
+}
+
+/// The members in lists by the rank of their zone.
+fn divide(places: &[u32], fleet: &Fleet, ranks: &[usize]) -> Vec<Vec<u32>> {
+    let mut lists = vec![Vec::new(); ranks.iter().max().map_or(0, |most| most + 1)];
+    for place in places {
+        let zone = fleet.endpoints.get(*place as usize).map_or(0, |e| usize::from(e.zone));
+        if let Some(list) = ranks.get(zone).and_then(|at| lists.get_mut(*at)) {
+            list.push(*place);
+        }
+    }
+    lists
+}
+
+impl Table {
+    fn build(places: &[u32], fleet: &Fleet, service: &Service, is_whole: bool) -> Self {
+        let plan = &service.plan.balance;
+        let endpoint = |place: &u32| fleet.endpoints.get(*place as usize);
+        let members = || -> Vec<(u32, &str, f64)> {
+            let found = places.iter().filter_map(endpoint).enumerate().filter(|(_, e)| e.weight > 0.0);
+            found.map(|(n, e)| (n as u32, fleet.address(e), f64::from(e.weight))).collect()
+        };
+        match plan.policy {
+            // A key has one home, whoever asks: zones have no tables of their own.
+            BalancePolicy::RingHash if is_whole => Table::Ring(Ring::build(&members(), plan.hash.ring, MOST_RING)),
+            BalancePolicy::Maglev if is_whole => Table::Maglev(maglev::Table::build(&members(), plan.hash.table)),
+            BalancePolicy::RingHash | BalancePolicy::Maglev | BalancePolicy::RoundRobin => Table::None,
+            BalancePolicy::PeakEwma | BalancePolicy::LeastRequest | BalancePolicy::Random => {
+                Alias::build(places.iter().filter_map(endpoint).map(|e| e.weight)).map_or(Table::None, Table::Alias)
+            }
+        }
+    }
+}
+
+/// Entries of a ring at most, as in Envoy.
+const MOST_RING: usize = 8_388_608;

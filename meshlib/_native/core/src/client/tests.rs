@@ -4,19 +4,31 @@ use std::collections::HashMap;
 
 use super::*;
 use crate::model::Outcome::{self, Cancelled, Refused, Reset, Response, Stale};
+use crate::model::Pushback;
 
+mod balancing;
+mod checks;
+mod guards;
 mod hedges;
+mod invariants;
+mod limits;
+mod localities;
+mod regressions;
+mod stage;
 
-const PLAN: &str = r#"{"services":[{"name":"orders","hosts":["orders"],"protocol":"http","identity":"spiffe://shop/orders",
+const PLAN: &str = r#"{"service":"me","zone":"","services":[{"name":"orders","hosts":["orders"],"protocol":"http","identity":"spiffe://shop/orders","is_guard":false,
   "routes":[{"name":"split","match":{"path":{"kind":"prefix","value":"/split"},"methods":[],"headers":[]},
      "backends":[{"name":"v1","labels":{"version":"v1"},"weight":90},{"name":"v2","labels":{"version":"v2"},"weight":10}],
-     "retry":{"attempts":1,"backoff_base":0.025,"backoff_max":0.25,"statuses":[503],"idempotency_key":true,"idempotent":false},"deadline":2.0,"stream_idle":60.0},
+     "retry":{"attempts":1,"backoff_base":0.025,"backoff_max":0.25,"statuses":[503],"idempotency_key":true,"idempotent":false,"on":["connect","refused_stream","reset","timeout","protocol","identity","status"],"per_try":0.0,"hedge":null},"deadline":2.0,"stream_idle":60.0},
    {"name":"all","match":{"path":{"kind":"prefix","value":"/"},"methods":["GET","POST"],"headers":[]},
      "backends":[{"name":"all","labels":{},"weight":1}],
-     "retry":{"attempts":1,"backoff_base":0.025,"backoff_max":0.25,"statuses":[503],"idempotency_key":false,"idempotent":false},"deadline":15.0,"stream_idle":60.0}],
+     "retry":{"attempts":1,"backoff_base":0.025,"backoff_max":0.25,"statuses":[503],"idempotency_key":false,"idempotent":false,"on":["connect","refused_stream","reset","timeout","protocol","identity","status"],"per_try":0.0,"hedge":null},"deadline":15.0,"stream_idle":60.0}],
   "budget":{"ratio":0.2,"per_second":10.0,"window":10.0},
-  "balance":{"policy":"POLICY","decay":10.0,"start":0.03,"penalty":5.0,"panic":0.5},
-  "admit":{"in_flight":4,"connect":1.0,"breaker":{"failures":5,"success_rate":0.8,"window":10.0,"minimum_calls":5,"open_min":1.0,"open_max":60.0,"max_ejected":0.5}}}]}"#;
+  "balance":{"policy":"POLICY","decay":10.0,"start":0.03,"penalty":5.0,"panic":0.5,
+    "weights":"discover","orca":{"blackout":10.0,"expiry":180.0,"error_penalty":1.0},"slow_start":0.0,"slow_start_least":0.1,
+    "hash":{"on":[],"bound":0.0,"ring":1024,"table":65537},"sticky":{"kind":"none","name":""},
+    "locality":{"policy":"off","order":[],"overprovisioning":1.4,"least_endpoints":6}},
+  "admit":{"in_flight":4,"pending":0,"connect":1.0,"adaptive":null,"throttle":{"ratio":0.0,"window":30.0},"rate":[],"breaker":{"failures":5,"success_rate":0.8,"window":10.0,"minimum_calls":5,"open_min":1.0,"open_max":60.0,"max_ejected":0.5,"slow":0.0,"slow_rate":0.5}}}]}"#;
 
 fn at(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds)
@@ -35,7 +47,7 @@ fn address(name: &str, version: &str) -> Address {
 fn engine_with(policy: &str, endpoints: &[(&str, &str)]) -> Engine {
     let engine = Engine::new(11);
     engine.publish(PLAN.replace("POLICY", policy).as_bytes(), at(0.0)).unwrap();
-    engine.resolve("orders", 1, endpoints.iter().map(|(n, v)| address(n, v)).collect(), at(0.0)).unwrap();
+    engine.resolve("orders", 1, &endpoints.iter().map(|(n, v)| address(n, v)).collect::<Vec<_>>(), at(0.0)).unwrap();
     engine
 }
 
@@ -55,6 +67,10 @@ fn request<'a>(method: &'a str, path: &'a str) -> Request<'a> {
         retries: None,
         hedge: None,
         zone: None,
+        key: None,
+        peer: None,
+        labels: None,
+        is_standby: false,
         layer: 0,
     }
 }
@@ -65,7 +81,7 @@ fn begin(engine: &Engine, method: &str, path: &str, now: f64) -> Call {
 
 fn send(call: &mut Call, now: f64) -> (u32, String) {
     match call.next(at(now)).unwrap() {
-        Next::Send { token, address, .. } => (token, address.to_string()),
+        Next::Send { token, place, .. } => (token, call.address(place).to_owned()),
         other => panic!("{other:?}"),
     }
 }
@@ -83,11 +99,12 @@ fn drive(
         match call.next(at(now)).unwrap() {
             Next::Wait(wait) => now += wait.as_secs_f64(),
             Next::Await => panic!("nothing else is under way"),
-            Next::Send { token, address, .. } => {
-                tried.push(address.to_string());
+            Next::Send { token, place, .. } => {
+                let address = call.address(place).to_owned();
+                tried.push(address.clone());
                 let (outcome, status) = answer(&address);
                 now += 0.01;
-                if call.head(token, outcome, status, None, at(now)).unwrap() == Reply::Deliver {
+                if call.head(token, outcome, status, Pushback::Unsaid, at(now)).unwrap() == Reply::Deliver {
                     if outcome == Response {
                         call.finish(token, Response, at(now)).unwrap();
                     }
@@ -150,7 +167,7 @@ fn a_stale_connection_is_replayed_on_the_same_endpoint() {
     let engine = engine();
     let mut call = begin(&engine, "GET", "/", 0.0);
     let (token, first) = send(&mut call, 0.0);
-    assert_eq!(call.head(token, Stale, 0, None, at(0.1)).unwrap(), Reply::Retry);
+    assert_eq!(call.head(token, Stale, 0, Pushback::Unsaid, at(0.1)).unwrap(), Reply::Retry);
     assert_eq!(send(&mut call, 0.1).1, first);
     assert_eq!(engine.read(at(0.1))[0].counters.retries, 0);
 }
@@ -200,11 +217,11 @@ fn the_average_survives_a_new_snapshot_and_what_left_is_forgotten() {
     }
     let breaker = |name: &str| engine.read(at(0.1)).into_iter().find(|r| r.endpoint == name).map(|r| r.breaker);
     assert_eq!(breaker("a"), Some("open"));
-    engine.resolve("orders", 2, vec![address("a", "v1"), address("d", "v1")], at(0.1)).unwrap();
+    engine.resolve("orders", 2, &vec![address("a", "v1"), address("d", "v1")], at(0.1)).unwrap();
     assert_eq!((breaker("a"), breaker("b"), breaker("d")), (Some("open"), None, Some("closed")));
     engine.publish(PLAN.replace("POLICY", "peak_ewma").as_bytes(), at(0.1)).unwrap();
     assert_eq!(breaker("a"), Some("open"));
-    engine.resolve("orders", 1, vec![], at(0.1)).unwrap();
+    engine.resolve("orders", 1, &vec![], at(0.1)).unwrap();
     assert_eq!(breaker("a"), Some("open"), "an older version is ignored");
 }
 
@@ -229,7 +246,7 @@ fn a_dead_canary_falls_back_to_the_other_backend() {
         if first != "c" {
             continue;
         }
-        assert_eq!(call.head(token, Refused, 0, None, at(now)).unwrap(), Reply::Retry);
+        assert_eq!(call.head(token, Refused, 0, Pushback::Unsaid, at(now)).unwrap(), Reply::Retry);
         if let Next::Wait(wait) = call.next(at(now)).unwrap() {
             now += wait.as_secs_f64();
         }
@@ -262,7 +279,7 @@ fn permits_are_conserved_whatever_the_end() {
                 break; // dropped in flight
             }
             let status = [200, 404, 429, 503][random.below(4)];
-            if call.head(token, outcome, status, None, at(now + 1.0)).unwrap() == Reply::Deliver {
+            if call.head(token, outcome, status, Pushback::Unsaid, at(now + 1.0)).unwrap() == Reply::Deliver {
                 if outcome == Response && random.below(5) != 0 {
                     let end = if random.below(4) == 0 { Reset } else { Response };
                     call.finish(token, end, at(now + 1.0)).unwrap();
@@ -328,7 +345,7 @@ fn a_cancelled_probe_waits_again_and_then_another_goes() {
     let mut call = begin(&engine, "GET", "/", 3.3);
     let (token, address) = send(&mut call, 3.3);
     assert_eq!(address, "a");
-    call.head(token, Cancelled, 0, None, at(3.3)).unwrap();
+    call.head(token, Cancelled, 0, Pushback::Unsaid, at(3.3)).unwrap();
     assert_eq!(in_flight(&engine), 0);
 }
 
@@ -349,9 +366,12 @@ fn a_probe_of_the_parent_does_not_bind_the_forked_child() {
 fn a_new_identity_of_the_service_reaches_its_endpoints() {
     let engine = engine();
     let plan = PLAN.replace("POLICY", "peak_ewma");
-    let identity = |engine: &Engine| match begin(engine, "GET", "/", 1.0).next(at(1.0)).unwrap() {
-        Next::Send { identity, .. } => identity.to_string(),
-        other => panic!("{other:?}"),
+    let identity = |engine: &Engine| {
+        let mut call = begin(engine, "GET", "/", 1.0);
+        match call.next(at(1.0)).unwrap() {
+            Next::Send { place, .. } => call.identity(place).to_owned(),
+            other => panic!("{other:?}"),
+        }
     };
     engine.publish(plan.replace("spiffe://shop/orders", "spiffe://shop/new").as_bytes(), at(1.0)).unwrap();
     assert_eq!(identity(&engine), "spiffe://shop/new");
@@ -364,9 +384,11 @@ fn an_endpoint_that_left_is_not_counted_as_ejected() {
     let engine = engine_with("round_robin", &[("a", "v1"), ("b", "v1"), ("c", "v1"), ("d", "v1")]);
     let mut calls: Vec<Call> = (0..2).map(|_| begin(&engine, "POST", "/", 0.0)).collect();
     let tokens: Vec<(u32, String)> = calls.iter_mut().map(|call| send(call, 0.0)).collect();
-    engine.resolve("orders", 2, vec![address("c", "v1"), address("d", "v1"), address("e", "v1")], at(0.0)).unwrap();
+    let stays = |name: &&&str| tokens.iter().all(|(_, gone)| gone != **name);
+    let left: Vec<Address> = ["a", "b", "c", "d", "e"].iter().filter(stays).map(|name| address(name, "v1")).collect();
+    engine.resolve("orders", 2, &left, at(0.0)).unwrap();
     for (call, (token, _)) in calls.iter_mut().zip(&tokens) {
-        call.head(*token, Refused, 0, None, at(0.1)).unwrap();
+        call.head(*token, Refused, 0, Pushback::Unsaid, at(0.1)).unwrap();
     }
     drop(calls);
     let dead = |a: &str| if a == "e" { (Refused, 0) } else { (Response, 200) };
@@ -380,7 +402,7 @@ fn an_endpoint_that_left_is_not_counted_as_ejected() {
 fn weight_zero_takes_no_traffic() {
     let engine = engine_with("peak_ewma", &[]);
     let none = Address { weight: 0.0, ..address("a", "v1") };
-    engine.resolve("orders", 2, vec![none, address("b", "v1")], at(0.0)).unwrap();
+    engine.resolve("orders", 2, &vec![none, address("b", "v1")], at(0.0)).unwrap();
     for n in 0..100 {
         assert_eq!(drive(&engine, "GET", f64::from(n) / 1e3, |_| (Response, 200)).0, ["b"]);
     }
@@ -391,11 +413,11 @@ fn the_record_tells_the_story_in_order() {
     let engine = engine_with("round_robin", &[("a", "v1"), ("b", "v1"), ("c", "v1")]);
     let mut call = begin(&engine, "GET", "/", 1.0);
     let (token, first) = send(&mut call, 1.0);
-    call.head(token, Refused, 0, None, at(1.01)).unwrap();
+    call.head(token, Refused, 0, Pushback::Unsaid, at(1.01)).unwrap();
     let Next::Wait(wait) = call.next(at(1.01)).unwrap() else { panic!("no jitter") };
     let (token, second) = send(&mut call, 1.01 + wait.as_secs_f64() + 0.001);
     assert_ne!(first, second);
-    call.head(token, Response, 200, None, at(1.1)).unwrap();
+    call.head(token, Response, 200, Pushback::Unsaid, at(1.1)).unwrap();
     call.finish(token, Response, at(1.1)).unwrap();
     let record = call.record(at(1.1));
     let story: Vec<&str> = record.events.iter().map(|e| e.what).collect();

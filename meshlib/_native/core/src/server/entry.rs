@@ -124,6 +124,22 @@ impl Entry {
         self.deadline
     }
 
+    /// A call that the handler made has failed, with all that may be tried for it.
+    pub fn spend(&self) {
+        self.is_spent.store(true, Ordering::Relaxed);
+    }
+
+    /// What was to be tried has been tried further down: an answer that says so is not to be repeated, or each layer would multiply
+    /// the attempts of the next.
+    pub fn is_spent(&self) -> bool {
+        self.is_spent.load(Ordering::Relaxed)
+    }
+
+    /// In which attempt of a caller we run: 0 in the first. gRPC's drivers read it from metadata.
+    pub fn layer(&self) -> u32 {
+        self.layer
+    }
+
     pub fn begun(&self) -> Duration {
         self.begun
     }

@@ -10,6 +10,8 @@ use std::time::Duration;
 /// No caller keeps us busy for longer than this by asking for it.
 pub const LONGEST: Duration = Duration::from_secs(3600);
 const MOST_FIELDS: u32 = 100;
+/// Our key in `tracestate`, as `client::carried` writes it.
+const STATE: &str = "meshlib";
 
 /// Feed it each field, then hand it to `Gate::begin`.
 #[derive(Debug, Default)]
@@ -21,6 +23,7 @@ pub struct Headers {
     lengths: u32,
     encodings: u32,
     remaining: Option<Duration>,
+    layer: u32,
     fault: Option<HeaderFault>,
 }
 
@@ -76,6 +79,9 @@ impl Headers {
         let is = |wanted: &str| name.eq_ignore_ascii_case(wanted.as_bytes());
         match name.len() {
             4 if is("host") => self.host(value),
+            14 if is("x-mesh-attempt") => self.count(attempt(value)),
+            21 if is("x-envoy-attempt-count") => self.count(envoy_attempt(value)),
+            10 if is("tracestate") => self.count(carried(value).map_or(0, attempt)),
             14 if is("content-length") => {
                 self.lengths += 1;
                 if value.is_empty() || !value.iter().all(u8::is_ascii_digit) {
@@ -112,6 +118,15 @@ impl Headers {
         }
     }
 
+    fn count(&mut self, layer: u32) {
+        self.layer = self.layer.max(layer);
+    }
+
+    /// In which attempt of a caller we run, however it was told: 0 in the first. Above 0 somebody further up retries.
+    pub fn layer(&self) -> u32 {
+        self.layer
+    }
+
     pub fn fault(&self) -> Option<HeaderFault> {
         if self.fields > MOST_FIELDS {
             Some(HeaderFault::TooMany)
@@ -134,6 +149,28 @@ impl Headers {
     pub fn remaining(&self) -> Option<Duration> {
         self.remaining
     }
+}
+
+/// What can't be read counts as a retry: then we don't retry too.
+fn attempt(value: &[u8]) -> u32 {
+    match std::str::from_utf8(value) {
+        Ok(text) if text.len() < 4 => text.parse().unwrap_or(1),
+        _ => 1,
+    }
+}
+
+/// Envoy counts from 1.
+fn envoy_attempt(value: &[u8]) -> u32 {
+    match std::str::from_utf8(value).ok().filter(|text| text.len() < 4).and_then(|text| text.parse::<u32>().ok()) {
+        Some(count) => count.saturating_sub(1),
+        None => 1,
+    }
+}
+
+/// Our member of a trace's state: it passes through hops that know nothing but traces.
+fn carried(value: &[u8]) -> Option<&[u8]> {
+    let members = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+    members.filter_map(|member| member.strip_prefix(STATE.as_bytes())?.strip_prefix(b"=")).next()
 }
 
 fn is_token(name: &[u8]) -> bool {
@@ -243,5 +280,21 @@ mod tests {
         ] {
             assert_eq!(read(fields).remaining(), expected, "{fields:?}");
         }
+    }
+
+    #[test]
+    fn the_attempt_is_known_however_it_is_told() {
+        let layer = |fields: &[(&str, &str)]| {
+            let mut headers = Headers::for_target(b"/");
+            fields.iter().for_each(|(name, value)| headers.field(name.as_bytes(), value.as_bytes()));
+            headers.layer()
+        };
+        assert_eq!(layer(&[("host", "orders")]), 0);
+        assert_eq!(layer(&[("X-Mesh-Attempt", "2")]), 2);
+        // Envoy counts from 1.
+        assert_eq!((layer(&[("x-envoy-attempt-count", "1")]), layer(&[("x-envoy-attempt-count", "3")])), (0, 2));
+        assert_eq!(layer(&[("tracestate", "rojo=00f067aa0ba902b7, meshlib=1,congo=t61")]), 1);
+        assert_eq!(layer(&[("tracestate", "notmeshlib=7,meshlibs=8")]), 0);
+        assert_eq!((layer(&[("x-mesh-attempt", "many")]), layer(&[("x-mesh-attempt", "9999")])), (1, 1));
     }
 }

@@ -4,22 +4,36 @@
 //! Barroso): so it is asked for call by call, and draws on the budget of retries. It is none of the call's retries (as in Finagle,
 //! whose backup requests have no count either): it answers slowness, while a retry answers failure, and a call whose attempts both
 //! failed may still be repeated. Nothing is sent while two are under way; the driver races them, and this file never waits.
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::{Call, Event};
-use crate::model::Class;
-use crate::observe::Counters;
+use crate::client::service::Service;
+use crate::model::{seconds, BudgetPlan, Class, HedgePlan, RetryPlan};
 use crate::retry::unhedged;
 
+/// After how long a call of this route is slow by what its Service has taken so far; None: nobody asked, or too little is known.
+pub(super) fn learnt(service: &Service, plan: &RetryPlan, now: Duration) -> Option<Duration> {
+    let hedge = plan.hedge?;
+    service.state.hedge_share.deposit(&share(&hedge), now);
+    service.state.slow_after(hedge.quantile).map(|after| after.max(seconds(hedge.least)))
+}
+
+/// Hedges that a Service may send: this share of its calls, over ten seconds; one where there are few calls.
+fn share(plan: &HedgePlan) -> BudgetPlan {
+    BudgetPlan { ratio: plan.share, per_second: 0.1, window: 10.0 }
+}
+
 impl Call {
-    /// How long until a second attempt goes out beside the one under way? Zero: now, and `next` names it. None: there will be none.
-    pub fn hedge(&mut self, can_overlap: bool, now: Duration) -> Option<Duration> {
+    /// How long until a second attempt goes out beside the one under way? A body that is streamed (`is_streamed`) goes out once at a
+    /// time. Zero: now, and `next` names it. None: there will be none.
+    pub fn hedge(&mut self, can_overlap: bool, is_streamed: bool, now: Duration) -> Option<Duration> {
         let after = self.hedge.filter(|_| !self.is_done)?;
         let sent = self.attempts.last().filter(|attempt| attempt.is_under_way());
         let (place, sent) = sent.map_or((None, now), |attempt| (Some(attempt.place), attempt.sent));
         let due = sent + after;
-        let why_not = unhedged(self.is_idempotent, self.is_replayable, self.layer, can_overlap)
-            .or((due >= self.deadline).then_some("the deadline comes before it"));
+        let why_not = unhedged(self.is_idempotent, self.is_replayable && !is_streamed, self.layer, can_overlap)
+            .or((due >= self.deadline || now >= self.deadline).then_some("the deadline comes before it"));
         if why_not.is_none() && (place.is_none() || now < due) {
             return Some(due - now);
         }
@@ -34,11 +48,12 @@ impl Call {
             Ok(chosen) => {
                 let waited = now.saturating_sub(sent).as_secs_f64();
                 self.trail.push(Event { what: "hedged", amount: waited, ..event });
-                self.chosen = Some(chosen);
+                self.chosen = Some(Box::new((chosen.0, false, chosen.1)));
                 self.hedges += 1;
-                Counters::add(&self.service.state.counters.retries);
+                self.service.state.hedges.fetch_add(1, Ordering::Relaxed);
+                self.service.state.counters.retry();
                 if let Some(slow) = place.and_then(|place| self.fleet.endpoints.get(place as usize)) {
-                    Counters::add(&slow.state.counters.retries);
+                    slow.state.counters.retry();
                 }
                 Some(Duration::ZERO)
             }
@@ -52,6 +67,10 @@ impl Call {
     /// The budget comes last: what goes nowhere costs nothing.
     fn choose_hedge(&self, now: Duration) -> Result<(u32, Event), &'static str> {
         let chosen = self.choose_untried(now).ok_or("no other endpoint can be asked")?;
+        let plan = self.plan().and_then(|route| route.plan.retry.hedge);
+        if plan.is_some_and(|plan| !self.service.state.hedge_share.withdraw(&share(&plan), now)) {
+            return Err("as many as allowed are hedged already");
+        }
         if !self.service.state.budget.withdraw(&self.service.plan.budget, now) {
             return Err("the retry budget is empty");
         }
@@ -78,7 +97,7 @@ impl Call {
             let (place, waited, is_probe) = (attempt.place, now.saturating_sub(attempt.sent), attempt.is_probe);
             if let Some(endpoint) = fleet.endpoints.get(place as usize) {
                 if is_probe {
-                    service.note(endpoint, Class::Ignored, true, &self.random, now);
+                    service.note(endpoint, Class::Ignored, Duration::ZERO, true, &self.random, now);
                 }
                 let balance = &service.plan.balance;
                 let mut health = endpoint.state.health.lock();

@@ -14,7 +14,7 @@ fn begin_as(engine: &Engine, request: &Request<'_>, now: f64) -> Call {
 fn racing(engine: &Engine, request: &Request<'_>) -> (Call, (u32, String), (u32, String)) {
     let mut call = begin_as(engine, request, 1.0);
     let first = send(&mut call, 1.0);
-    assert_eq!(call.hedge(true, at(1.05)), Some(at(0.0)));
+    assert_eq!(call.hedge(true, false, at(1.05)), Some(at(0.0)));
     let second = send(&mut call, 1.05);
     (call, first, second)
 }
@@ -36,14 +36,14 @@ fn the_hedge_is_due_when_the_attempt_has_waited_and_goes_elsewhere() {
     let engine = engine();
     let mut call = begin_as(&engine, &hedged("GET"), 1.0);
     let (_, first) = send(&mut call, 1.0);
-    assert_eq!(call.hedge(true, at(1.0)), Some(at(0.05)));
-    assert_eq!(call.hedge(true, at(1.02)), Some(at(1.05) - at(1.02)));
+    assert_eq!(call.hedge(true, false, at(1.0)), Some(at(0.05)));
+    assert_eq!(call.hedge(true, false, at(1.02)), Some(at(1.05) - at(1.02)));
     assert_eq!(call.attempts(), 0);
-    assert_eq!(call.hedge(true, at(1.05)), Some(at(0.0)));
+    assert_eq!(call.hedge(true, false, at(1.05)), Some(at(0.0)));
     // The number that travels, so that whoever is asked doesn't retry as well.
     assert_eq!(call.attempts(), 1);
     assert_ne!(send(&mut call, 1.05).1, first);
-    assert_eq!(call.hedge(true, at(9.0)), None, "one a call");
+    assert_eq!(call.hedge(true, false, at(9.0)), None, "one a call");
     assert_eq!(call.next(at(1.06)).unwrap(), Next::Await);
 }
 
@@ -52,14 +52,14 @@ fn the_winner_ends_the_call_and_the_loser_gives_its_permit_back_unblamed() {
     let engine = engine();
     let (mut call, (slow, slow_at), (quick, quick_at)) = racing(&engine, &hedged("GET"));
     assert_eq!((row(&engine, &slow_at, 1.05).in_flight, row(&engine, &quick_at, 1.05).in_flight), (1, 1));
-    assert_eq!(call.head(quick, Response, 200, None, at(1.06)).unwrap(), Reply::Deliver);
+    assert_eq!(call.head(quick, Response, 200, Pushback::Unsaid, at(1.06)).unwrap(), Reply::Deliver);
     assert_eq!((row(&engine, &slow_at, 1.06).in_flight, row(&engine, &quick_at, 1.06).in_flight), (0, 1));
     call.finish(quick, Response, at(1.07)).unwrap();
     assert_eq!(in_flight(&engine), 0);
     let loser = row(&engine, &slow_at, 1.07);
     assert_eq!((loser.breaker, loser.counters.requests, loser.counters.failures), ("closed", 0, 0));
     assert_eq!(story(&call), ["matched", "picked", "hedged", "picked", "response", "given up"]);
-    assert!(call.head(slow, Response, 200, None, at(1.08)).is_err(), "it is over");
+    assert!(call.head(slow, Response, 200, Pushback::Unsaid, at(1.08)).is_err(), "it is over");
     // The service's own time is the winner's.
     assert_eq!(engine.read(at(1.1))[0].counters.latency_sum, 0.06);
 }
@@ -68,12 +68,12 @@ fn the_winner_ends_the_call_and_the_loser_gives_its_permit_back_unblamed() {
 fn what_a_loser_took_raises_its_average_and_never_lowers_it() {
     let engine = engine();
     let (mut call, (_, slow), (quick, _)) = racing(&engine, &hedged("GET"));
-    call.head(quick, Response, 200, None, at(1.06)).unwrap();
+    call.head(quick, Response, 200, Pushback::Unsaid, at(1.06)).unwrap();
     assert_eq!((row(&engine, &slow, 1.06).ewma * 1e3).round(), 60.0);
     let engine = super::engine();
     let (mut call, (first, _), (_, late)) = racing(&engine, &hedged("GET"));
     let before = row(&engine, &late, 1.06).ewma;
-    call.head(first, Response, 200, None, at(1.06)).unwrap();
+    call.head(first, Response, 200, Pushback::Unsaid, at(1.06)).unwrap();
     assert_eq!(row(&engine, &late, 1.06).ewma, before);
 }
 
@@ -82,9 +82,9 @@ fn a_failure_beside_another_attempt_waits_for_it_and_costs_nothing() {
     let engine = engine();
     let (mut call, (first, _), (second, _)) = racing(&engine, &hedged("GET"));
     let budget = engine.read(at(1.06))[0].budget;
-    assert_eq!(call.head(first, Response, 503, None, at(1.06)).unwrap(), Reply::Await);
+    assert_eq!(call.head(first, Response, 503, Pushback::Unsaid, at(1.06)).unwrap(), Reply::Await);
     assert_eq!(call.next(at(1.06)).unwrap(), Next::Await);
-    assert_eq!(call.head(second, Response, 200, None, at(1.07)).unwrap(), Reply::Deliver);
+    assert_eq!(call.head(second, Response, 200, Pushback::Unsaid, at(1.07)).unwrap(), Reply::Deliver);
     assert_eq!(engine.read(at(1.06))[0].budget, budget);
     assert_eq!(story(&call), ["matched", "picked", "hedged", "picked", "response", "awaited", "response"]);
 }
@@ -93,13 +93,13 @@ fn a_failure_beside_another_attempt_waits_for_it_and_costs_nothing() {
 fn when_both_fail_the_last_is_judged_and_the_retry_is_still_there() {
     let engine = engine();
     let (mut call, (first, a), (second, b)) = racing(&engine, &hedged("GET"));
-    assert_eq!(call.head(second, Refused, 0, None, at(1.06)).unwrap(), Reply::Await);
-    assert_eq!(call.head(first, Reset, 0, None, at(1.07)).unwrap(), Reply::Retry);
+    assert_eq!(call.head(second, Refused, 0, Pushback::Unsaid, at(1.06)).unwrap(), Reply::Await);
+    assert_eq!(call.head(first, Reset, 0, Pushback::Unsaid, at(1.07)).unwrap(), Reply::Retry);
     let Next::Wait(wait) = call.next(at(1.07)).unwrap() else { panic!("no jitter") };
     let (third, c) = send(&mut call, 1.08 + wait.as_secs_f64());
     assert!(c != a && c != b, "{a} {b} {c}");
-    assert_eq!((call.attempts(), call.hedge(true, at(9.0))), (2, None));
-    assert_eq!(call.head(third, Timeout, 0, None, at(1.5)).unwrap(), Reply::Deliver);
+    assert_eq!((call.attempts(), call.hedge(true, false, at(9.0))), (2, None));
+    assert_eq!(call.head(third, Timeout, 0, Pushback::Unsaid, at(1.5)).unwrap(), Reply::Deliver);
     assert_eq!(in_flight(&engine), 0);
 }
 
@@ -109,9 +109,9 @@ fn without_retries_there_is_still_one_hedge() {
     let (mut call, (first, _), (second, _)) = racing(&engine, &Request { retries: Some(0), ..hedged("GET") });
     // Between head and body of one, the other can still save the call.
     assert!(call.has_attempts_left());
-    assert_eq!(call.head(first, Reset, 0, None, at(1.06)).unwrap(), Reply::Await);
+    assert_eq!(call.head(first, Reset, 0, Pushback::Unsaid, at(1.06)).unwrap(), Reply::Await);
     assert!(!call.has_attempts_left());
-    assert_eq!(call.head(second, Reset, 0, None, at(1.06)).unwrap(), Reply::Deliver);
+    assert_eq!(call.head(second, Reset, 0, Pushback::Unsaid, at(1.06)).unwrap(), Reply::Deliver);
     assert_eq!(in_flight(&engine), 0);
 }
 
@@ -127,12 +127,12 @@ fn what_may_not_be_sent_twice_is_not_hedged_and_says_why() {
     ] {
         let mut call = begin_as(&engine, &request, 1.0);
         // Known before anything is sent, so that the driver needn't prepare for it.
-        assert_eq!(call.hedge(can_overlap, at(1.0)), None);
+        assert_eq!(call.hedge(can_overlap, false, at(1.0)), None);
         assert_eq!(why(&call), word);
         call.abandon(at(1.0));
     }
     let mut call = begin_as(&engine, &Request { is_idempotent: Some(true), ..hedged("POST") }, 1.0);
-    assert_eq!(call.hedge(true, at(1.0)), Some(at(0.05)));
+    assert_eq!(call.hedge(true, false, at(1.0)), Some(at(0.05)));
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn hedges_draw_on_the_budget_of_retries() {
     for _ in 0..1000 {
         let mut call = begin_as(&engine, &hedged("GET"), 1.0);
         send(&mut call, 1.0);
-        match call.hedge(true, at(1.05)) {
+        match call.hedge(true, false, at(1.05)) {
             Some(_) => sent += 1,
             None => assert_eq!(why(&call), "the retry budget is empty"),
         }
@@ -157,9 +157,9 @@ fn without_another_endpoint_there_is_no_hedge_and_the_budget_stays() {
     let mut call = begin_as(&engine, &hedged("GET"), 1.0);
     let (token, _) = send(&mut call, 1.0);
     let budget = engine.read(at(1.0))[0].budget;
-    assert_eq!(call.hedge(true, at(1.05)), None);
+    assert_eq!(call.hedge(true, false, at(1.05)), None);
     assert_eq!((why(&call), engine.read(at(1.0))[0].budget), ("no other endpoint can be asked", budget));
-    assert_eq!(call.head(token, Response, 200, None, at(1.1)).unwrap(), Reply::Deliver);
+    assert_eq!(call.head(token, Response, 200, Pushback::Unsaid, at(1.1)).unwrap(), Reply::Deliver);
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn a_hedge_that_comes_too_late_ends_the_call_with_both_permits_back() {
     let engine = engine();
     let mut call = begin_as(&engine, &Request { timeout: Some(at(0.06)), ..hedged("GET") }, 1.0);
     send(&mut call, 1.0);
-    assert_eq!(call.hedge(true, at(1.055)), Some(at(0.0)));
+    assert_eq!(call.hedge(true, false, at(1.055)), Some(at(0.0)));
     // The driver's clock went on between the two.
     assert!(matches!(call.next(at(1.07)), Err(Refusal::DeadlineExceeded(_))));
     assert_eq!(in_flight(&engine), 0);
@@ -181,9 +181,9 @@ fn a_probe_that_is_outrun_waits_again() {
     }
     let mut call = begin_as(&engine, &hedged("GET"), 2.0);
     assert_eq!(send(&mut call, 2.0).1, "a");
-    assert_eq!(call.hedge(true, at(2.05)), Some(at(0.0)));
+    assert_eq!(call.hedge(true, false, at(2.05)), Some(at(0.0)));
     let (second, _) = send(&mut call, 2.05);
-    call.head(second, Response, 200, None, at(2.06)).unwrap();
+    call.head(second, Response, 200, Pushback::Unsaid, at(2.06)).unwrap();
     assert_eq!(row(&engine, "a", 2.06).breaker, "open");
     assert_eq!(row(&engine, "a", 2.06).in_flight, 0);
 }
@@ -203,7 +203,7 @@ fn permits_are_conserved_whatever_overlaps() {
                 1..=3 if !running.is_empty() => {
                     let token = running.swap_remove(random.below(running.len()));
                     let (outcome, _) = Outcome::ALL[random.below(Outcome::ALL.len())];
-                    if call.head(token, outcome, [200, 404, 503][random.below(3)], None, at(now)).unwrap()
+                    if call.head(token, outcome, [200, 404, 503][random.below(3)], Pushback::Unsaid, at(now)).unwrap()
                         == Reply::Deliver
                     {
                         if outcome == Response && random.below(3) > 0 {
@@ -212,11 +212,13 @@ fn permits_are_conserved_whatever_overlaps() {
                         break;
                     }
                 }
-                _ if running.is_empty() || call.hedge(true, at(now)) == Some(at(0.0)) => match call.next(at(now)) {
-                    Ok(Next::Send { token, .. }) => running.push(token),
-                    Ok(_) => {}
-                    Err(_) => break,
-                },
+                _ if running.is_empty() || call.hedge(true, false, at(now)) == Some(at(0.0)) => {
+                    match call.next(at(now)) {
+                        Ok(Next::Send { token, .. }) => running.push(token),
+                        Ok(_) => {}
+                        Err(_) => break,
+                    }
+                }
                 _ => {}
             }
             assert_eq!(in_flight(&engine), running.len() as u32 + 1, "in call {n}");
@@ -230,8 +232,11 @@ fn permits_are_conserved_whatever_overlaps() {
 
 fn zoned(policy: &str, endpoints: &[(&str, &str)]) -> Engine {
     let engine = engine_with(policy, &[]);
-    let found = endpoints.iter().map(|(name, zone)| Address { zone: (*zone).into(), ..address(name, "v1") }).collect();
-    engine.resolve("orders", 2, found, at(0.0)).unwrap();
+    let found = endpoints
+        .iter()
+        .map(|(name, zone)| Address { zone: (*zone).into(), ..address(name, "v1") })
+        .collect::<Vec<_>>();
+    engine.resolve("orders", 2, &found, at(0.0)).unwrap();
     engine
 }
 
@@ -259,7 +264,7 @@ fn when_the_zone_is_tried_or_sick_the_others_take_over() {
     let mut call = begin_as(&engine, &near("a"), 1.0);
     let (token, first) = send(&mut call, 1.0);
     assert_eq!(first, "a1");
-    call.head(token, Refused, 0, None, at(1.0)).unwrap();
+    call.head(token, Refused, 0, Pushback::Unsaid, at(1.0)).unwrap();
     let Next::Wait(wait) = call.next(at(1.0)).unwrap() else { panic!("no jitter") };
     assert_ne!(send(&mut call, 1.01 + wait.as_secs_f64()).1, "a1");
     assert!(story(&call).contains(&"picked in zone") && story(&call).contains(&"picked outside the zone"));
@@ -305,7 +310,7 @@ fn in_panic_all_zones_share_the_load() {
     assert_eq!(send(&mut begin_as(&engine, &near("a"), 0.1), 0.1).1, "a1");
     // A fleet in which the two are most of what there is.
     let of = |name: &str, zone: &str| Address { zone: zone.into(), ..address(name, "v1") };
-    engine.resolve("orders", 3, vec![of("a1", "a"), of("b1", "b"), of("b2", "b")], at(0.1)).unwrap();
+    engine.resolve("orders", 3, &vec![of("a1", "a"), of("b1", "b"), of("b2", "b")], at(0.1)).unwrap();
     let hits: std::collections::HashSet<String> =
         (0..9).map(|_| send(&mut begin_as(&engine, &near("a"), 0.1), 0.1).1).collect();
     assert_eq!(hits.len(), 3, "{hits:?}");
@@ -318,7 +323,7 @@ fn zones_survive_a_new_plan() {
     let mut call = begin_as(&engine, &near("b"), 1.0);
     assert_eq!(send(&mut call, 1.0).1, "b1");
     let record = call.record(at(1.0));
-    assert_eq!((record.endpoints[0].address.as_str(), record.endpoints[0].zone.as_str()), ("b1", "b"));
+    assert!(record.endpoints.iter().any(|e| (e.address.as_str(), e.zone.as_str()) == ("b1", "b")));
 }
 
 #[test]
@@ -326,7 +331,7 @@ fn a_subset_has_zones_of_its_own() {
     let engine = engine_with("peak_ewma", &[]);
     let of = |name: &str, version: &str, zone: &str| Address { zone: zone.into(), ..address(name, version) };
     let found = vec![of("a1", "v1", "a"), of("a2", "v2", "a"), of("b1", "v1", "b"), of("b2", "v2", "b")];
-    engine.resolve("orders", 2, found, at(0.0)).unwrap();
+    engine.resolve("orders", 2, &found, at(0.0)).unwrap();
     for n in 0..100 {
         let mut call = begin_as(&engine, &Request { path: "/split", ..near("b") }, f64::from(n));
         assert!(send(&mut call, f64::from(n)).1.starts_with('b'));
