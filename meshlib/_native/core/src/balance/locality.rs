@@ -135,10 +135,10 @@ pub fn zone_shares(local: usize, upstream: &[u32], callers: &[u32], out: &mut [f
 }
 
 /// A zone, drawn by its share; None if no share is positive.
-pub fn pick_zone(shares: &[f32], random: &Random) -> Option<usize> {
+pub fn pick_zone(shares: impl Iterator<Item = f32>, random: &Random) -> Option<usize> {
     let mut left = random.unit();
     let mut last = None;
-    for (zone, share) in shares.iter().copied().enumerate().filter(|(_, share)| *share > 0.0) {
+    for (zone, share) in shares.enumerate().filter(|(_, share)| *share > 0.0) {
         left -= f64::from(share);
         // Shares that rounding left short of 1: the last one has the rest.
         last = Some(zone);
@@ -324,13 +324,16 @@ mod tests {
     fn zones_are_picked_by_their_share() {
         let (random, mut counts) = (Random::new(5), [0; 4]);
         for _ in 0..100_000 {
-            counts[pick_zone(&[0.625, 0.0, 0.25, 0.125], &random).unwrap()] += 1;
+            counts[pick_zone([0.625, 0.0, 0.25, 0.125].into_iter(), &random).unwrap()] += 1;
         }
         for (count, expected) in counts.iter().zip([62_500i32, 0, 25_000, 12_500]) {
             assert!((count - expected).abs() < 600, "{counts:?}");
         }
         assert_eq!(counts[1], 0);
-        assert_eq!(pick_zone(&[0.0, 0.0], &random), None);
-        assert_eq!((0..50).map(|_| pick_zone(&[0.0, 1e-9, 0.0], &random)).collect::<Vec<_>>(), [Some(1); 50]);
+        assert_eq!(pick_zone([0.0, 0.0].into_iter(), &random), None);
+        assert_eq!(
+            (0..50).map(|_| pick_zone([0.0, 1e-9, 0.0].into_iter(), &random)).collect::<Vec<_>>(),
+            [Some(1); 50]
+        );
     }
 }

@@ -6,7 +6,7 @@
 //! the turns of a heavy endpoint do not come in bursts, and threads share one atomic addition instead of the lock around a queue
 //! that earliest-deadline-first needs. With equal weights nobody lets a turn pass: it is plain round robin.
 //!
-//! A turn costs as many steps as the largest weight is above the mean one; `Scale` keeps that below ten, as gRPC does. If most of
+//! A turn costs as many steps as the largest weight is above the mean one; the caller bounds that. If most of
 //! the weight may not be chosen, the steps end at a bound and one scan decides, in proportion to what is left. What the weights
 //! mean, and who is eligible, is the caller's word.
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,14 +14,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The weight that never lets a turn pass; the rounds of a period.
 pub const FULL: u16 = u16::MAX;
 
-/// Steps before a scan takes over. By the limits of `Scale` a step finds nobody at most nine times in ten: 128 in a row are one
+/// Steps before a scan takes over. With a largest weight of ten times the mean a step finds nobody nine times in ten: 128 in a row are one
 /// in 700,000.
 const STEPS: usize = 128;
 
 /// The largest weight counts for at most so many times the mean: it bounds the steps of a turn.
+#[cfg(test)]
 const MOST_OF_MEAN: f64 = 10.0;
 
 /// A weight that is not zero counts for at least this share of the mean: a nearly idle endpoint is heard of now and then.
+#[cfg(test)]
 const LEAST_OF_MEAN: f64 = 0.01;
 
 #[derive(Debug, Default)]
@@ -99,13 +101,15 @@ fn takes_turn(weight: u16, round: u64, index: usize) -> bool {
     phase >= full - weight
 }
 
-/// Turns weights of any size into parts of `FULL`, within the limits that bound the steps of a turn.
+/// For the tests, as gRPC does it: turns weights of any size into parts of `FULL`, within the limits that bound the steps of a turn.
+#[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scale {
     factor: f64,
     least: u16,
 }
 
+#[cfg(test)]
 impl Scale {
     /// None if no weight is positive: there is nothing to scale by. What is not a positive finite number counts as zero.
     pub fn of(weights: impl Iterator<Item = f32>) -> Option<Self> {

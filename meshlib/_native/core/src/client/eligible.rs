@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::fleet::{Backend, Endpoint, Fleet, Table};
-use crate::balance::{self, warm, Pick, View};
+use crate::balance::{self, orca, warm, Pick, View};
 use crate::model::{seconds, BalancePlan, BalancePolicy, WeightSource};
 use crate::random::Random;
 
@@ -57,7 +57,7 @@ impl Eligible<'_> {
             WeightSource::Orca => {
                 let terms = super::fleet::terms(&self.balance.orca);
                 let health = endpoint.state.health.lock();
-                health.load.as_ref().and_then(|load| load.read(&terms, self.now)).unwrap_or(mean)
+                orca::effective(health.load.as_ref().and_then(|load| load.read(&terms, self.now)), Some(mean))
             }
         };
         if weight <= 0.0 || top <= 0.0 {

@@ -537,19 +537,8 @@ impl Backend {
 
     /// A zone by its share of the calls.
     pub fn draw_zone(&self, random: &Random) -> Option<&Backend> {
-        let mut left = random.unit() as f32;
-        let mut last = None;
-        for (part, share) in self.zones.iter().zip(&self.shares) {
-            let share = f32::from_bits(share.load(Ordering::Relaxed));
-            if share > 0.0 {
-                last = Some(part);
-                left -= share;
-                if left < 0.0 {
-                    break;
-                }
-            }
-        }
-        last
+        let shares = self.shares.iter().map(|share| f32::from_bits(share.load(Ordering::Relaxed)));
+        self.zones.get(locality::pick_zone(shares, random)?)
     }
 }
 
