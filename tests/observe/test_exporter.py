@@ -201,11 +201,14 @@ assert os.waitpid(pid, 0)[1] == 0
 for _ in range(5):
     assert ask(listener) == parent
 read, write = os.pipe()
+here, born = os.pipe()
 pid = os.fork()
 if pid == 0:
     os.close(write)
+    os.write(born, b"x")                # its side of the fork is done: what it inherited is given up
     os.read(read, 1)                    # lives as long as its parent
     os._exit(0)
+os.read(here, 1)
 port = listener.port
 listener.stop()
 with socket.socket() as again:

@@ -271,7 +271,8 @@ class Shop:
         (folder / "shop_app.py").write_text(APP)
         rules = {"allow": [{"name": "web", "from": ["web"]}]}
         shop = {"listen": f"127.0.0.1:{self.port}", "discover": {"static": [f"127.0.0.1:{self.port}"]}, "secure": rules}
-        self.config = write_config(folder, {"shop": shop, "web": {}}, mode="enforce")
+        # A listener takes connections before the workers behind it have started.
+        self.config = write_config(folder, {"shop": shop, "web": {}}, mode="enforce", admit={"connect": 20})
         self.env = {"PYTHONPATH": f"{folder}:{ROOT}", "MESHLIB_CONFIG": str(self.config), "MESHLIB_SERVICE": "shop"}
 
     def ask(self, count: int = 1) -> list[dict[str, Any]]:
