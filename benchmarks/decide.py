@@ -7,6 +7,7 @@ what the plan and the endpoints hold. What Python does around the engine is in `
 
 `meshlib-rust` is the same without Python. `growth` is how many times more a call takes with so many endpoints of one service than with
 ten, block by block in one process: by each policy, for turns with weights of 1 to 5, for hashes with a key for each call. `swap` is in `swap.py`.
+`jwt/seen` is a token that was verified before, `jwt/first` one that wasn't. `authorize` is one request, judged by a thousand rules.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ PARTS: Final = ("begin", "next", "head", "finish")
 POLICIES: Final = ("random", "least_request", "peak_ewma", "maglev", "ring_hash", "round_robin")
 GROWN: Final = {"1k": 1_000, "10k": 10_000, "100k": 100_000}
 SWAPPED: Final = ("routes", "endpoints")
+# Where the rule stands that allows a request; all of them by turns, with a denial, are the case itself.
+JUDGED: Final = ("mix", "first", "middle", "last", "miss")
 # Calls of one measured block, and calls in flight where the parts are measured.
 BLOCK: Final = 2_048
 FLIGHT: Final = 64
@@ -67,6 +70,15 @@ def _native_runs() -> list[Run]:
             for name, count in GROWN.items()
         ),
         *(Run(f"swap/10k-{what}", "meshlib-rust", by_example("decide", "swap", what)) for what in SWAPPED),
+        *(
+            Run(f"jwt/{what}/{algorithm}", "meshlib-rust", by_example("jwt", algorithm, what))
+            for algorithm in ("RS256", "ES256")
+            for what in ("first", "seen")
+        ),
+        *(
+            Run(f"authorize/1000-rules{'' if place == 'mix' else f'/{place}'}", "meshlib-rust", by_example("authorize", place))
+            for place in JUDGED
+        ),
     ]
 
 

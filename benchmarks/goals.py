@@ -95,6 +95,11 @@ def _swapped(case: str) -> list[Goal]:
     ]
 
 
+def _judged(case: str) -> Goal:
+    """Nanoseconds in which one request is authorised."""
+    return Goal(case, "meshlib-rust", "", "ns", AT_MOST, 2000.0, script="decide", is_ratio=False)
+
+
 def _small(case: str, most: float | None) -> list[Goal]:
     """Bytes asked of the allocator."""
     return [Goal(case, "meshlib-rust", "", "bytes", AT_MOST, most, script="memory", is_ratio=False)]
@@ -121,6 +126,8 @@ GOALS: Final[tuple[Goal, ...]] = (
     *_grown({"random": 3.0, "least_request": 3.0, "peak_ewma": 3.0, "maglev": 3.0, "ring_hash": 6.0, "round_robin": 6.0}),
     *_swapped("swap/10k-routes"),
     *_swapped("swap/10k-endpoints"),
+    Goal("jwt/seen/RS256", "meshlib-rust", "", "ns", AT_MOST, 3000.0, script="decide", is_ratio=False),
+    *(_judged(f"authorize/1000-rules{place}") for place in ("", "/first", "/middle", "/last", "/miss")),
     *_small("endpoint/peak_ewma", 200.0),
     *_small("endpoint/ring_hash", None),
     *_small("endpoint/maglev", None),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import errors
 from ._native import EXPECTED as __version__
-from .call import Call, CallPolicy, Peer, call_of, current_call, deadline, peer, policy, remaining
+from .call import Call, CallPolicy, Peer, call_of, claims, current_call, deadline, peer, policy, remaining
 from .errors import (
     AttemptFailed,
     AttemptTimeout,
@@ -25,6 +25,7 @@ from .errors import (
     DeadlineExceeded,
     Denied,
     IdentityError,
+    IdentityWithdrawn,
     KeyFileError,
     LimitExceeded,
     ListenError,
@@ -46,16 +47,27 @@ from .retry.fallback import last_good
 
 if TYPE_CHECKING:
     from .errors import CircuitOpen
+    from .observe.edges import Alert
+    from .secure.custom import Inquiry
 else:
 
     def __getattr__(name: str) -> Any:
-        # See there: its base is another package's, and costs too much for an import.
-        if name != "CircuitOpen":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return errors.CircuitOpen
+        # What few need, and what would cost an import of every process: other packages, asyncio, inspect.
+        if name == "CircuitOpen":
+            return errors.CircuitOpen
+        if name == "Alert":
+            from .observe.edges import Alert
+
+            return Alert
+        if name == "Inquiry":
+            from .secure.custom import Inquiry
+
+            return Inquiry
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
+    "Alert",
     "AttemptFailed",
     "AttemptTimeout",
     "Call",
@@ -67,6 +79,8 @@ __all__ = [
     "DeadlineExceeded",
     "Denied",
     "IdentityError",
+    "IdentityWithdrawn",
+    "Inquiry",
     "KeyFileError",
     "LimitExceeded",
     "ListenError",
@@ -86,6 +100,7 @@ __all__ = [
     "UnknownService",
     "__version__",
     "call_of",
+    "claims",
     "current_call",
     "deadline",
     "last_good",

@@ -7,6 +7,7 @@ no argument has to be passed along. This module decides nothing.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -193,6 +194,13 @@ current_deadline: ContextVar[float | None] = ContextVar("meshlib.deadline", defa
 def peer() -> Peer | None:
     """Who called the handler that runs now, as proved by its connection; None outside a handler."""
     return current_peer.get()
+
+
+def claims() -> dict[str, Any] | None:
+    """What the token of the call that the running handler serves says, as verified; None without a token or outside a handler."""
+    entry = current_entry.get()
+    said = None if entry is None else entry.claims
+    return None if said is None else json.loads(said)
 
 
 def current_call() -> Mapping[str, Any] | None:

@@ -4,7 +4,8 @@
     ├── ConfigError                the configuration can't be used; .problems holds all of them
     ├── IdentityError              who we are can't be proved (key, certificate, bundle)
     │   ├── KeyFileError           a key or certificate file is missing, unreadable or open to others
-    │   └── TrustDomainError       a certificate of another trust domain
+    │   ├── TrustDomainError       a certificate of another trust domain
+    │   └── IdentityWithdrawn      our identity was taken back by who gave it, and must not be used any more
     ├── ListenError                an address can't be listened on
     ├── Refused                    the mesh said no before anything was sent
     │   ├── UnknownService         no Service of that name
@@ -94,6 +95,12 @@ class KeyFileError(IdentityError):
 
 class TrustDomainError(IdentityError):
     reason = "secure.trust_domain"
+
+
+class IdentityWithdrawn(IdentityError):
+    """An `IdentitySource` raises it: unlike after any other failure, the last identity is not used any more."""
+
+    reason = "secure.withdrawn"
 
 
 class ListenError(MeshError):

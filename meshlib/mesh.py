@@ -8,6 +8,7 @@ no decision about a call: the engines do.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
@@ -17,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import errors
 from ._native import core
@@ -34,25 +35,38 @@ if TYPE_CHECKING:
     from .client.function import Decorator
     from .client.guarded import Guard
     from .config import Config
+    from .observe.edges import Alert
+    from .observe.traffic import Recorder
     from .secure import IdentityStore
 
 log = logging.getLogger("meshlib.mesh")
 
-# Seconds between two looks at the files of the configuration and of the identity: content is compared, no date is trusted.
+# Seconds between two looks at the files of the configuration: content is compared, no date is trusted. At those of the identity we look
+# twice as often, so that trust that was withdrawn is gone within a second.
 LOOK = 1.0
+# Seconds after which a configuration that could not be used is tried again unchanged.
+RETRY = 10.0
+# Seconds between two lines in the record of calls.
+WRITE = 5.0
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Mesh:
     """The mesh as one process sees it. Make it with `Mesh.load`; it is safe to share between threads and event loops.
 
-    Attributes: `config` (what is in force), `service` (who we are), `engine` and `gate` (the decisions, out and in), `identity`
-    (our certificate, None in mode observe without one), `observer` (traces and metrics), `reloads` and `reload_failures`.
+    Attributes: `config` (what is in force), `service` (who we are), `engine` and `gate` (the decisions, out and in), `trust` (who is
+    believed to be who) with `identity` (our certificate, None in mode observe without one), `observer` (traces and metrics), `watch`
+    (who calls whom, how privately, and what alarms), `reloads` and `reload_failures`.
     """
 
     def __init__(self, config: Config) -> None:
         from .keeper import shared
-        from .observe import Observer
+        from .observe import Observer, redact
+        from .observe.edges import Watch
+        from .secure.trust import Trust
 
+        redact.guard()
         # What it is made of is imported here, not in the outage in which it is raised first.
         _ = errors.CircuitOpen
         self.config = config
@@ -60,6 +74,8 @@ class Mesh:
         self.reloads = 0
         self.reload_failures = 0
         self._reload_error = ""
+        # The content with which a reload was tried last, and when the same may be tried again.
+        self._tried = "", 0.0
         self.keeper = shared()
         self._lock = threading.Lock()
         self._reloading = threading.Lock()
@@ -72,11 +88,11 @@ class Mesh:
         now = time.monotonic()
         self.engine = core.Engine(secrets.randbits(64))
         self.gate = core.Gate()
-        self.identity: IdentityStore | None = _identity_of(config)
+        self.trust = Trust(config, self.gate, self.keeper)
         self.engine.publish(config.client_plan(), now)
         self.gate.publish(config.server_plan(), now)
         self.observer = Observer(service=config.service, sample=config.own.observe.sample)
-        self.outbound = OutboundWay(self.engine, self.identity, self.observer)
+        self.outbound = OutboundWay(self.engine, self.trust.identity, self.observer)
         from .discover import Directory
 
         self._use(config)
@@ -85,6 +101,8 @@ class Mesh:
         self.directory.follow(config)
         self._checker: Checker | None = None
         self._check(config)
+        self.watch = Watch(self)
+        self._recorder = _recorder_of(config)
         _tell(config)
         _meshes.add(self)
 
@@ -114,12 +132,23 @@ class Mesh:
             # In a forked child they are still the keeper's; only its thread stayed with the parent.
             self._jobs = [
                 self.keeper.every(LOOK, self._look_at_config, name="reload"),
-                self.keeper.every(LOOK, self._look_at_identity, name="rotate"),
+                self.keeper.every(LOOK / 2, self.trust.look, name="rotate"),
                 self.keeper.every(LOOK, self._look_at_connections, name="sweep"),
                 self.keeper.every(LOOK, self._tend, name="tend"),
+                self.keeper.every(LOOK, self._watch, name="watch"),
+                self.keeper.every(WRITE, self._record, name="record"),
+                *self.trust.jobs(),
                 *self.directory.jobs(),
                 *(self._checker.jobs() if self._checker is not None else ()),
             ]
+            for name in self.trust.missing():
+                log.error(
+                    "a custom rule asks the authorizer %r, and nobody has registered it: what it would decide is denied. "
+                    'Write @mesh.authorizer("%s") on the function that decides; under `meshlib serve` the module has to wrap its '
+                    "application too (app = mesh.asgi(app)), so that this is the mesh that serves it.",
+                    name,
+                    name,
+                )
         self.keeper.start()
         address = os.environ.get("MESHLIB_METRICS") or self.config.own.observe.metrics
         if address:
@@ -129,7 +158,9 @@ class Mesh:
     def _serve_metrics(self, address: str) -> None:
         from .observe.exporter import MetricsListener
 
-        listener = MetricsListener(address, self.metrics, is_ready=lambda: self._is_ready)
+        listener = MetricsListener(
+            address, self.metrics, is_ready=lambda: self._is_ready, status=lambda: self.watch.status(time.monotonic())
+        )
         try:
             listener.start(self.keeper)
         except errors.ListenError as error:
@@ -177,6 +208,8 @@ class Mesh:
             if self._listener is not None:
                 self._listener.stop()
                 self._listener = None
+        self.trust.rest()
+        self._record()
 
     @property
     def metrics_port(self) -> int | None:
@@ -186,6 +219,15 @@ class Mesh:
     def metrics(self) -> str:
         """Everything that is counted, as Prometheus text."""
         return self.observer.prometheus(self)
+
+    @property
+    def identity(self) -> IdentityStore | None:
+        """Our certificate and the roots that we trust, as they are now; None in mode observe without one."""
+        return self.trust.identity
+
+    def on_alert(self, callback: Callable[[Alert], object]) -> None:
+        """Call back, in the keeper's thread, when an edge loses mTLS, a caller comes that was never seen, or a certificate is overdue."""
+        self.watch.alerts.add(callback)
 
     # --- out
 
@@ -250,6 +292,17 @@ class Mesh:
         from .client.egress import leave
 
         leave(self.outbound, host)
+
+    def leaving(
+        self, scheme: str, host: str, headers: Iterable[tuple[str, str]], *, is_verified: bool = True
+    ) -> list[tuple[str, str]]:
+        """What `leave` does, and the headers with which the call leaves: without the mesh's own, with the credential of its host.
+
+        `is_verified`: TLS proves that the other side is this host. Raises `Refused` where a credential can't be had.
+        """
+        from .client.egress import departure
+
+        return departure(self.outbound, scheme, host, headers, is_verified=is_verified)
 
     def grpc_channel(self, service: str) -> grpc.aio.Channel:
         """A `grpc.aio.Channel` to a service; generated stubs work unchanged."""
@@ -319,6 +372,14 @@ class Mesh:
 
     # --- in
 
+    def authorizer(self, name: str, *, timeout: float = 0.5) -> Callable[[F], F]:
+        """Decorate the function that decides for the custom rules which name it: ``@mesh.authorizer("opening-hours")``.
+
+        It is given a `meshlib.Inquiry`, and only True lets a call in; anything else, an exception, or no answer within `timeout`
+        seconds denies it. An async function is awaited on the loop that serves the call, a plain one runs on one of eight threads.
+        """
+        return self.trust.authorizers.register(name, timeout)
+
     def asgi(self, app: Any) -> Any:
         """An ASGI application behind the mesh's inbound way."""
         from .server.asgi import MeshASGI
@@ -365,7 +426,20 @@ class Mesh:
 
     # --- the keeper's work
 
-    def _look_at_config(self) -> None:
+    async def _look_at_config(self) -> None:
+        """Take a file that has changed. Apart from the keeper's loop: a new source of identity may take its time to answer."""
+        digest, now = _digest_of(self.config.file), time.monotonic()
+        if digest == self.config.source and not self._reload_error:
+            return
+        if self._reload_error and digest == self._tried[0] and now < self._tried[1]:
+            # It failed as it is; what it needs beside it may come about, and is asked for less often.
+            return
+        self._tried = digest, now + RETRY
+        from .keeper import apart
+
+        await apart(self._reload_or_tell, "meshlib-reload")
+
+    def _reload_or_tell(self) -> None:
         try:
             self.reload()
         except errors.MeshError as error:
@@ -374,12 +448,17 @@ class Mesh:
                 self._reload_error = str(error)
                 log.error("the changed configuration can't be used, the old one stays in force:\n%s", error)
 
-    def _look_at_identity(self) -> None:
-        if self.identity is not None:
-            self.identity.refresh(time.time())
-
     def _tend(self) -> None:
         self.engine.tend(time.monotonic())
+
+    def _watch(self) -> None:
+        self.watch.look(time.monotonic())
+
+    def _record(self) -> None:
+        if self._recorder is not None:
+            calls, lost = self.gate.traffic()
+            self._recorder.take(calls, lost, self.config.own.mode)
+            self._recorder.flush()
 
     def _look_at_connections(self) -> None:
         for carrier in tuple(self.outbound.carriers):
@@ -389,14 +468,22 @@ class Mesh:
         """Everything of a new configuration, or nothing: what can fail comes first."""
         now = time.monotonic()
         client_plan, server_plan = fresh.client_plan(), fresh.server_plan()
-        identity = self.identity if _same_source(self.config, fresh) else _identity_of(fresh)
         core.Engine(0).publish(client_plan, now)
         core.Gate().publish(server_plan, now)
         go_through_with_it = self.directory.prepare(fresh)
         limit = self._limit(fresh)
+        # The last that can fail: what it opens, only its own end would close.
+        trust = self.trust.prepare(fresh)
+        # Keys go to the gate before the plan that needs them.
+        trust()
         self.engine.publish(client_plan, now)
         self.gate.publish(server_plan, now)
-        self.identity = self.outbound.identity = identity
+        self.outbound.identity = self.trust.identity
+        if self._started_in is not None:
+            self._jobs += [job for job in self.trust.jobs() if job not in self._jobs]
+        if (fresh.record, fresh.jwt) != (self.config.record, self.config.jwt):
+            self._record()
+            self._recorder = _recorder_of(fresh)
         self._use(fresh)
         limit()
         self.config = fresh
@@ -406,7 +493,9 @@ class Mesh:
 
     def _use(self, config: Config) -> None:
         """What the way out has to know of a configuration beside the engine's plan."""
-        self.outbound.egress = config.egress
+        from .client.egress import EgressRules
+
+        self.outbound.egress = EgressRules.of(config)
         self.outbound.is_by_peer = any(service.is_by_peer for service in config.services.values())
 
     def _check(self, config: Config) -> None:
@@ -457,8 +546,7 @@ class Mesh:
         self.gate.reset()
         self.outbound.ledger.forget()
         self._lock, self._reloading = threading.Lock(), threading.Lock()
-        if self.identity is not None:
-            self.identity.after_fork()
+        self.trust.after_fork()
 
     def _renew_guards(self) -> None:
         for guard in tuple(self.guards):
@@ -529,29 +617,17 @@ def _tell(config: Config) -> None:
             log.warning("%s", warning)
 
 
-def _identity_of(config: Config) -> IdentityStore | None:
-    folder: Path | None = config.identity_folder
-    if folder is None:
+def _digest_of(file: Path) -> str:
+    """As a configuration tells its own; "" for a file that can't be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _recorder_of(config: Config) -> Recorder | None:
+    if config.record is None:
         return None
-    from .secure import FolderSource, IdentityStore
+    from .observe.traffic import Recorder
 
-    own = config.own
-    store = IdentityStore(FolderSource(folder, own.name, config.trust_domain, own.identity), mode=own.mode)
-    if own.mode == "observe":
-        # Nothing asks for it yet: a service may be configured before its certificate is there.
-        try:
-            store.refresh(time.time())
-        except errors.IdentityError as error:
-            log.warning("mode observe goes on without an identity: %s", error)
-    else:
-        store.require(time.time())
-    return store
-
-
-def _same_source(old: Config, new: Config) -> bool:
-    return (old.identity_folder, old.own.identity, old.trust_domain, old.own.mode) == (
-        new.identity_folder,
-        new.own.identity,
-        new.trust_domain,
-        new.own.mode,
-    )
+    return Recorder(config.record, config.service, issuers=tuple(provider.issuer for provider in config.jwt.values()))

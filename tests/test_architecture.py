@@ -42,7 +42,7 @@ FREE = {
 EXTRAS = {
     "uvicorn": {"server/uvicorn.py", "server/serve.py"},
     "gunicorn": {"server/gunicorn.py", "server/serve.py"},
-    "h11": {"server/head.py"},  # comes with uvicorn
+    "h11": {"server/head.py", "secure/authority_server.py"},  # comes with httpx and with uvicorn
     "httptools": {"server/head.py"},
     "rich": {"cli"},
 }

@@ -81,7 +81,7 @@ async def test_a_bad_reload_keeps_the_old_configuration_serving(tmp_path: Path, 
                 with pytest.raises(meshlib.ConfigError):
                     mesh.reload()
                 with caplog.at_level(logging.ERROR):
-                    mesh._look_at_config()
+                    await mesh._look_at_config()
                 assert "old one stays in force" in caplog.text
                 assert mesh.reload_failures >= 2
                 assert (await http.get("http://orders/")).status_code == 200
@@ -227,3 +227,17 @@ def test_a_child_that_is_forked_during_a_change_can_go_on(tmp_path: Path) -> Non
     file = write_config(tmp_path, services, mode="observe")
     done = subprocess.run([sys.executable, "-c", FORKS, str(file)], capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.stdout.strip() == "lost 0", done.stderr
+
+
+def test_a_mesh_that_was_closed_and_is_started_again_takes_new_certificates(tmp_path: Path) -> None:
+    """As a server does that loads it before its workers are forked: closing ends the work, not the knowledge of where to look."""
+    authority = identities(tmp_path, "me")
+    with mesh_of(tmp_path, {}, mode="permissive") as mesh:
+        mesh.start()
+        mesh.close()
+        mesh.start()
+        assert mesh.identity is not None
+        before = mesh.identity.current
+        authority.write("me", tmp_path / "identities")
+        assert mesh.identity.refresh(time.time())
+        assert mesh.identity.current != before

@@ -4,7 +4,7 @@ Times named `now` and deadlines are monotonic seconds (`time.monotonic()`, or a 
 lower- or mixed-case names as bytes. Nothing here does I/O. Failures raise the exceptions of `meshlib.errors`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, final
 
 from _typeshed import ReadableBuffer
@@ -32,6 +32,7 @@ __all__ = [
     "EXTRA_REPORT",
     "EXTRA_SESSION",
     "OUTCOME_CANCELLED",
+    "OUTCOME_DECLINED",
     "OUTCOME_IDENTITY",
     "OUTCOME_PROTOCOL",
     "OUTCOME_REFUSED",
@@ -53,8 +54,15 @@ __all__ = [
     "TlsConnection",
     "TlsServer",
     "canonical_path",
+    "crypto_provider",
     "is_plain_target",
+    "normalized_path",
+    "parse_jwks",
     "parse_spiffe_id",
+    "verify_chain",
+    "verify_jws",
+    "verify_jwt",
+    "verify_path",
 ]
 VERSION: str
 
@@ -81,6 +89,7 @@ OUTCOME_TIMEOUT: int
 OUTCOME_IDENTITY: int
 OUTCOME_PROTOCOL: int
 OUTCOME_CANCELLED: int
+OUTCOME_DECLINED: int
 
 def is_plain_target(target: str) -> bool: ...
 
@@ -201,10 +210,35 @@ class Gate:
         is_tls: bool,
         now: float,
         deadline: float | None = None,
+        wall: float = 0.0,  # Unix seconds, by which tokens are judged
+        source: str = "",  # the address at the other end; "" where it is not known
+        port: int = 0,
+        sni: str = "",
+        version: str = "",  # of HTTP: "1.0", "1.1" or "2"; "" where it is not known
     ) -> Entry: ...
-    def begin_grpc(self, method: str, peer: str | None, is_tls: bool, now: float, deadline: float | None = None) -> Entry: ...
+    def begin_grpc(
+        self,
+        method: str,
+        peer: str | None,
+        is_tls: bool,
+        now: float,
+        deadline: float | None = None,
+        metadata: Iterable[tuple[str, str | bytes]] | None = None,
+        wall: float = 0.0,
+        source: str = "",
+        port: int = 0,
+    ) -> Entry: ...
     def reset(self) -> None: ...
     def stats(self) -> list[dict[str, Any]]: ...
+    def keys(self, provider: str, jwks: bytes | None) -> list[str]: ...  # answers which keys were left out, and why
+    @property
+    def has_questions(self) -> bool: ...  # the policy asks about more than caller, method and path
+    @property
+    def wanted_headers(self) -> list[str]: ...  # the header fields it asks about
+    def traffic(
+        self,
+    ) -> tuple[list[dict[str, Any]], int]: ...  # the calls recorded since the last time, and how many found no place
+    def edges(self) -> list[dict[str, Any]]: ...
 
 @final
 class Entry:
@@ -214,6 +248,35 @@ class Entry:
     def spend(self) -> None: ...  # a call that the handler made has failed for good
     @property
     def is_spent(self) -> bool: ...
+    @property
+    def has_more(self) -> bool: ...  # an authorizer to ask, or headers to take out or put in
+    @property
+    def identity(self) -> str: ...  # our own
+    @property
+    def custom(self) -> str: ...  # the authorizer to ask before the call goes on; "" for none
+    def veto(self) -> None: ...  # it said no: the call is refused, and over
+    @property
+    def claims(self) -> str | None: ...  # the payload of a good token, as JSON
+    @property
+    def principal(self) -> str: ...  # iss/sub
+    @property
+    def token_header(self) -> str: ...  # the header of a token that was for us alone
+    @property
+    def wants_keys(self) -> str: ...  # the provider whose keys don't know a token's
+    @property
+    def client(self) -> str: ...
+    @property
+    def is_from_proxy(self) -> bool: ...  # of an identity that the configuration names as a proxy
+    @property
+    def is_believed(self) -> bool: ...  # what its connection says about where the call comes from counts
+    @property
+    def xfcc(self) -> str: ...
+    @property
+    def location(self) -> str: ...  # where `paths: redirect` sends the caller
+    @property
+    def retry_after(self) -> float | None: ...
+    @property
+    def method(self) -> str: ...
     @property
     def layer(self) -> int: ...  # in which attempt of a caller we run: 0 in the first
     @property
@@ -236,6 +299,9 @@ class Entry:
     def record(self) -> dict[str, Any]: ...
 
 def canonical_path(target: bytes, strict: bool = False) -> tuple[str, bytes]: ...
+def normalized_path(
+    target: str, profile: str = "NONE", escaped_slashes: str = "KEEP_UNCHANGED", is_grpc: bool = False
+) -> tuple[str, str]: ...
 def parse_spiffe_id(text: str) -> tuple[str, str]: ...
 
 # ---------------------------------------------------------------- bytes (binding/src/wire.rs)
@@ -255,6 +321,21 @@ EVENT_RESET: (
     int  # (kind, error): HTTP/2: a stream ended without a whole answer; reason send.unwritten means that it was not processed
 )
 
+crypto_provider: str  # whose cryptography it is: "ring", or "aws-lc-rs" where the library was built with it
+
+def verify_chain(
+    chain: Sequence[bytes],  # DER, the leaf first
+    bundles: Mapping[str, bytes],
+    expected: str,  # a SPIFFE ID, or empty for any
+    now: float,  # Unix seconds
+    side: str,  # whom the chain is to prove: "servers" or "clients"
+    crls: Mapping[str, bytes] | None = None,
+) -> dict[str, Any]:
+    """{id, not_before, not_after}: what a handshake makes of this chain. Raises PeerIdentityError where it would end."""
+
+def verify_path(chain: Sequence[bytes], roots: Sequence[bytes], now: float, side: str) -> None:
+    """The step of that which finds a path to a root (all DER), whoever the leaf is. ValueError for what can't be a root."""
+
 # Why `HttpConnection.converse` came back
 CONVERSE_DONE: int  # there are events, or everything is written
 CONVERSE_EARLY: int  # there are events, but the peer spoke before it had taken everything
@@ -272,9 +353,12 @@ class TlsClient:
         bundles: Mapping[str, bytes],
         generation: int,
         before: TlsClient | None = None,  # whose counters go on; nothing else is taken over
+        crls: Mapping[str, bytes] | None = None,  # X509 CRLs as PEM, by trust domain
     ) -> TlsClient: ...
     @property
     def generation(self) -> int: ...
+    @property
+    def crls_until(self) -> float: ...  # when the first of the lists should have been replaced, Unix seconds; inf without lists
     @property
     def not_after(self) -> float: ...  # the end of our own chain, Unix seconds; inf where we are anonymous
     def stats(self) -> dict[str, int]:
@@ -292,9 +376,12 @@ class TlsServer:
         require_client: bool,
         alpn: Sequence[bytes] = ...,
         before: TlsServer | None = None,  # whose counters go on; nothing else is taken over
+        crls: Mapping[str, bytes] | None = None,  # X509 CRLs as PEM, by trust domain
     ) -> TlsServer: ...
     @property
     def generation(self) -> int: ...
+    @property
+    def crls_until(self) -> float: ...  # when the first of the lists should have been replaced, Unix seconds; inf without lists
     def accepts(self, chain: Sequence[bytes]) -> bool:
         """Would the client of this chain (DER, leaf first; empty for none) be taken in a handshake now?"""
     def stats(self) -> dict[str, int]:
@@ -396,3 +483,11 @@ class TlsConnection:
     def alpn(self) -> bytes | None: ...
     @property
     def server_name(self) -> str | None: ...
+
+# --- tokens and keys by hand; a request's token is verified by its gate
+
+def parse_jwks(
+    jwks: bytes,
+) -> tuple[list[str], list[str]]: ...  # names of the usable keys ("" for none), and why others are left out
+def verify_jwt(token: bytes, jwks: bytes, provider: bytes, wall: float) -> dict[str, Any]: ...  # a provider as in the server plan
+def verify_jws(token: bytes, jwks: bytes, algorithms: Sequence[str]) -> bytes: ...  # the payload; no claims are judged

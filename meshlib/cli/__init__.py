@@ -6,6 +6,8 @@
     meshlib serve   serve an application inside the mesh
     meshlib ca      make a certificate authority in a folder, and certificates
     meshlib dev     run a command with a throw-away authority, on loopback
+    meshlib status  show every edge's mTLS and certificates
+    meshlib suggest write the least policy that allows the calls that were seen
 
 Each command is a module with `add(subparsers)` and `run(args) -> int`, imported only when it is the one that was
 asked for, so that a missing extra breaks nothing but its own command. Exit codes: 0 done, 1 failed, 2 bad input
@@ -31,6 +33,8 @@ COMMANDS: Final = (
     ("serve", "serve an application inside the mesh"),
     ("ca", "make a certificate authority in a folder, and certificates"),
     ("dev", "run a command with a throw-away authority, on loopback"),
+    ("status", "show every edge's mTLS and certificates"),
+    ("suggest", "write the least policy that allows the calls that were seen"),
 )
 
 DONE: Final = 0

@@ -43,6 +43,8 @@ secure:
   # identity: {{folder: ./identities}}  # from permissive on; filled by these two:
   #   meshlib ca init ./ca --trust-domain {mesh}.internal
   #   meshlib ca issue ./ca {service} --out ./identities
+  # several machines: identity: {{ca: "https://ca.example:8444", token: ./token}}, with `meshlib ca serve`
+# egress: {{policy: deny, hosts: [api.example.com]}}  # default: hosts outside may be called, and are reported
 observe:
   metrics: null                       # "127.0.0.1:9464" answers in Prometheus text
 services:
@@ -55,7 +57,7 @@ services:
     # retry: {{attempts: 1}}            # on another endpoint, only when it is safe
     secure:
       allow:                          # counts in mode enforce, where the rest is denied
-        - {{name: anyone, from: ["*"]}} # better the names of callers: from: [storefront]
+        - {{name: anyone, from: ["*"]}} # better: {{from: [storefront], methods: [GET], paths: ["/items/*"]}}
   # Other services: call them by name, http://inventory/…
   # inventory:
   #   discover: {{static: ["127.0.0.1:8001"]}}

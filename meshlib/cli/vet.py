@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from meshlib.errors import ConfigError, Problem
@@ -18,6 +20,7 @@ from meshlib.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from meshlib.config.load import Examined
     from meshlib.config.policy import ServicePolicy
+    from meshlib.config.secure_policy import RulePolicy
 
 _COLUMNS = ("service", "mode", "protocol", "endpoints", "routes", "retry", "deadline", "who may call")
 
@@ -44,15 +47,15 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(str(problem) for problem in error.problems))
             print(f"{_count(len(error.problems), 'problem')}. Nothing would start with this file.", file=sys.stderr)
         return 2
-    rows = [_row(service) for service in examined.services.values()]
+    rows = [_row(service, examined.names.trust_domain) for service in examined.services.values()]
     if args.json:
-        _print_json([], examined.warnings, [dict(zip(_COLUMNS, row, strict=True)) for row in rows])
+        _print_json([], examined.warnings, [dict(zip(_COLUMNS, row, strict=True)) for row in rows], _trust(examined))
     else:
         _print(examined, rows)
     return 0
 
 
-def _row(service: ServicePolicy) -> tuple[str, ...]:
+def _row(service: ServicePolicy, trust_domain: str) -> tuple[str, ...]:
     retries = sorted({route.retry.attempts for route in service.routes})
     deadlines = sorted({route.deadline for route in service.routes})
     return (
@@ -63,7 +66,7 @@ def _row(service: ServicePolicy) -> tuple[str, ...]:
         str(len(service.routes)),
         _range(retries),
         _range(deadlines) + " s",
-        _callers(service),
+        _callers(service, trust_domain),
     )
 
 
@@ -76,16 +79,32 @@ def _endpoints(service: ServicePolicy) -> str:
     return f"file {discover.file}" if discover.file is not None else f"dns {discover.dns}"
 
 
-def _callers(service: ServicePolicy) -> str:
+def _callers(service: ServicePolicy, trust_domain: str) -> str:
     if service.mode == "observe":
         return "anyone (observe)"
-    allowed = [caller for rule in service.rules if rule.action == "allow" and not rule.is_dry_run for caller in rule.callers]
-    names = ["anyone" if caller == "*" else caller.rsplit("/", 1)[-1] for caller in dict.fromkeys(allowed)]
-    denies = sum(rule.action == "deny" for rule in service.rules)
-    text = ", ".join(names) or "nobody"
+    allowing = [rule for rule in service.rules if rule.action == "allow" and not rule.is_dry_run]
+    text = ", ".join(dict.fromkeys(name for rule in allowing for name in _names(rule, trust_domain))) or "nobody"
     if service.mode == "permissive":
         text = f"anyone (permissive; rules: {text})"
-    return text + (f"; {_count(denies, 'deny rule')}" if denies else "")
+    for action in ("deny", "custom"):
+        number = sum(rule.action == action for rule in service.rules)
+        text += f"; {_count(number, f'{action} rule')}" if number else ""
+    return text
+
+
+def _names(rule: RulePolicy, trust_domain: str) -> Iterator[str]:
+    """Callers as people call them, and whether a token has to come along."""
+    wants_token = rule.request_principals or any(one.key.startswith("request.auth.") and one.values for one in rule.when)
+    for caller in rule.callers:
+        yield _called(caller, trust_domain) + (" with a token" if wants_token else "")
+
+
+def _called(caller: str, trust_domain: str) -> str:
+    """A service of ours by its name; whoever is somebody else's, or several, by the whole ID."""
+    if caller == "*":
+        return "anyone"
+    is_ours = caller.startswith(f"spiffe://{trust_domain}/") and not caller.endswith("*")
+    return caller.rsplit("/", 1)[-1] if is_ours else caller
 
 
 def _range(values: list[Any]) -> str:
@@ -96,8 +115,22 @@ def _print(examined: Examined, rows: list[tuple[str, ...]]) -> None:
     mesh, domain = examined.document.mesh, examined.names.trust_domain
     print(f"{examined.text.file}: mesh {mesh}, trust domain {domain}, {_count(len(rows), 'service')}, no mistakes")
     _print_table(rows)
+    for word, value in _trust(examined).items():
+        print(f"{word}: {value}")
     for warning in examined.warnings:
         print(f"warning: {warning}")
+
+
+def _trust(examined: Examined) -> dict[str, str]:
+    """What counts for all services, as far as it isn't the default."""
+    secure, egress = examined.document.secure, examined.document.egress
+    told = {
+        "other trust domains": ", ".join(secure.federation),
+        "tokens of": ", ".join(secure.jwt),
+        "egress": f"denied, but to {', '.join(egress.hosts) or 'nobody'}" if egress.policy == "deny" else "",
+        "credentials for": ", ".join(dict.fromkeys(one.host for one in egress.credentials)),
+    }
+    return {word: value for word, value in told.items() if value}
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:
@@ -119,12 +152,18 @@ def _print_table(rows: list[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _print_json(problems: list[Problem], warnings: tuple[Problem, ...], services: list[dict[str, str]]) -> None:
+def _print_json(
+    problems: list[Problem],
+    warnings: tuple[Problem, ...],
+    services: list[dict[str, str]],
+    trust: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     answer = {
         "is_valid": not problems,
         "problems": [asdict(problem) for problem in problems],
         "warnings": [asdict(warning) for warning in warnings],
         "services": services,
+        "trust": dict(trust),
     }
     print(json.dumps(answer, ensure_ascii=False, indent=2))
 

@@ -18,6 +18,7 @@ IDLE_TIMEOUT = "send.idle_timeout"
 # Reasons of a `ConnectionLost`: nothing had been written, or a kept-alive connection ended before a byte of the answer came.
 UNWRITTEN = "send.unwritten"
 STALE = "send.stale"
+DECLINED = "send.declined"
 
 # Content codings of one answer; curl takes as many.
 MOST_CODINGS = 5
@@ -32,12 +33,13 @@ _OUTCOMES: tuple[tuple[type[errors.AttemptFailed], int], ...] = (
 )
 _LOST = {
     UNWRITTEN: core.OUTCOME_UNWRITTEN,
+    DECLINED: core.OUTCOME_DECLINED,
     STALE: core.OUTCOME_STALE,
     # Our own doing, which says nothing of the endpoint.
     "send.client_closed": core.OUTCOME_CANCELLED,
 }
 # What the engine takes for "nothing was processed", so that every method is safe to send again.
-UNSENT = (core.OUTCOME_REFUSED, core.OUTCOME_IDENTITY, core.OUTCOME_UNWRITTEN)
+UNSENT = (core.OUTCOME_REFUSED, core.OUTCOME_IDENTITY, core.OUTCOME_UNWRITTEN, core.OUTCOME_DECLINED)
 
 
 def outcome_of(error: errors.AttemptFailed) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import errors
 from ..call import current_layer
-from .egress import NETWORK, Egress, check_egress, leave
+from .egress import NETWORK, Egress, EgressRules, check_egress, leave
 from .faults import too_coded
 from .intercept import core_of, interception
 from .loop import LoopCarriers
@@ -30,6 +30,7 @@ from .stand_in import policy_of, stand_ins
 from .terms import Unset, terms_of
 from .thread import ThreadCarrier
 from .twins import UNWRITABLE, twins
+from .unpack import bounded
 from .upgraded import streams
 from .way import Answer, OutboundWay, run
 
@@ -107,12 +108,13 @@ def _make(httpx: ModuleType) -> SimpleNamespace:
             extensions["reason_phrase"] = answer.reason
         if answer.body is None:
             extensions["network_stream"] = stream_of(answer, is_async=is_async)
-        return httpx.Response(
+        made = httpx.Response(
             answer.status,
             headers=answer.headers,
             stream=httpx.ByteStream(answer.body) if answer.body is not None else stream,
             extensions=extensions,
         )
+        return bounded(httpx, made) if "content-encoding" in made.headers else made
 
     def check(request: Any) -> None:
         """Refuse what httpx's own transport refuses before it looks at the host."""
@@ -134,15 +136,17 @@ def _make(httpx: ModuleType) -> SimpleNamespace:
         made.__cause__ = error
         return translate(made, request)
 
-    def settled(way: OutboundWay, host: str, request: Any) -> None:
-        """Before a request leaves the mesh: may it, and for how long?"""
+    def settled(way: OutboundWay, host: str, request: Any, outside: Egress) -> Any:
+        """Before a request leaves the mesh: may it, for how long, and with what on it? The request to send."""
         try:
             leave(way, host)
+            leaving = outside.dressed(way.egress, request)
         except errors.MeshError as error:
             raise translate(error, request) from None
         if type(request.extensions.get("timeout")) is Unset:
             # No timeout was asked for, and outside there is no route whose deadline is in force: httpx's own default is.
-            request.extensions = {**request.extensions, "timeout": httpx.Timeout(5.0).as_dict()}
+            leaving.extensions = {**request.extensions, "timeout": httpx.Timeout(5.0).as_dict()}
+        return leaving
 
     class AsyncAnswerStream(httpx.AsyncByteStream):  # type: ignore[misc,name-defined]
         def __init__(self, answer: Answer, request: Any) -> None:
@@ -202,7 +206,7 @@ def _make(httpx: ModuleType) -> SimpleNamespace:
             host = request.url.raw_host.decode("ascii")
             service = self._way.engine.service_of(host)
             if service is None:
-                settled(self._way, host, request)
+                request = settled(self._way, host, request, self._outside)
                 return await self._outside.transport_for(request.url).handle_async_request(request)
             policy = policy_of(request)
             if policy is not None:
@@ -262,7 +266,7 @@ def _make(httpx: ModuleType) -> SimpleNamespace:
             host = request.url.raw_host.decode("ascii")
             service = self._way.engine.service_of(host)
             if service is None:
-                settled(self._way, host, request)
+                request = settled(self._way, host, request, self._outside)
                 return self._outside.transport_for(request.url).handle_request(request)
             policy = policy_of(request)
             if policy is not None:
@@ -348,7 +352,7 @@ def flaw(method: bytes, headers: list[tuple[bytes, bytes]]) -> str | None:
     return None
 
 
-def is_outside(host: str, policy: str) -> bool:
+def is_outside(host: str, policy: str | EgressRules) -> bool:
     try:
         check_egress(host, policy)
     except errors.MeshError:

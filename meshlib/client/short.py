@@ -23,6 +23,7 @@ from .. import errors
 from .._native import core
 from .faults import too_coded
 from .terms import ORDINARY, UNSET, Asked, Terms, Unset, terms_of
+from .unpack import bounded
 from .way import Answer, Headers, OutboundWay, run
 
 # Versions whose private fields the differential test has compared.
@@ -384,6 +385,7 @@ def clients(httpx: ModuleType, transports: SimpleNamespace) -> SimpleNamespace:
                 response.__dict__.update(
                     is_closed=False, is_stream_consumed=False, stream=httpx.ByteStream(body), _num_bytes_downloaded=0
                 )
+                bounded(httpx, response)
                 try:
                     response.read()
                 except httpx.HTTPError as error:

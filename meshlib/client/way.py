@@ -24,6 +24,7 @@ from .terms import FOREVER, LARGE, ORDINARY, Terms
 
 if TYPE_CHECKING:
     from ..admit.limiter import RateGuard
+    from .egress import EgressRules
     from .patience import Patience
     from .race import Race
     from .replay import AsyncReplayed, Replayed
@@ -230,7 +231,7 @@ class OutboundWay:
         self.observer = observer
         self.clock = clock
         # What becomes of hosts that are no Service: "allow" or "deny".
-        self.egress = "allow"
+        self.egress: EgressRules | str = "allow"
         # Whether some service is balanced or limited by our own caller, and the rates that all processes share, if there are any.
         self.is_by_peer = False
         self.rates: RateGuard | None = None

@@ -12,20 +12,39 @@ nothing.
 from __future__ import annotations
 
 from .load import examine, load, read_endpoints
-from .policy import CheckPolicy, Config, GuardPolicy, RatePart, RatePolicy, RoutePolicy, RulePolicy, ServicePolicy
+from .policy import CheckPolicy, Config, GuardPolicy, RatePart, RatePolicy, RoutePolicy, ServicePolicy
 from .schema import json_schema
+from .secure_policy import (
+    CredentialPolicy,
+    FederationPolicy,
+    IdentityChoice,
+    JwksChoice,
+    ProviderPolicy,
+    ProxiesPolicy,
+    RulePolicy,
+    TokenPlace,
+    WhenPolicy,
+)
 from .values import DEV_TRUST_DOMAIN
 
 __all__ = [
     "DEV_TRUST_DOMAIN",
     "CheckPolicy",
     "Config",
+    "CredentialPolicy",
+    "FederationPolicy",
     "GuardPolicy",
+    "IdentityChoice",
+    "JwksChoice",
+    "ProviderPolicy",
+    "ProxiesPolicy",
     "RatePart",
     "RatePolicy",
     "RoutePolicy",
     "RulePolicy",
     "ServicePolicy",
+    "TokenPlace",
+    "WhenPolicy",
     "examine",
     "json_schema",
     "load",

@@ -49,11 +49,42 @@ _ROWS: Final = (
             "a stream may last for ever, but not without a sign of life: the deadline ends with its head, this begins"),
     Default("protocol", "http", "", None, None, "",
             "most services speak HTTP/1.1"),
+    Default("egress.credentials.header", "authorization", "", None, None, "RFC 9110",
+            "where most APIs look for it"),
     # ------------------------------------------------------------------------------------------------ secure
     Default("secure.namespace", "default", "", None, None, "Istio",
             "the path of SPIFFE IDs follows Istio and SPIRE: /ns/<namespace>/sa/<service>"),
     Default("secure.paths", "canonical", "", None, None, "RFC 3986",
-            "other spellings of a path are put into one form; `strict` refuses them"),
+            "other spellings of a path are put into one form; `strict` refuses escaped slashes, backslashes and dot segments, "
+            "`redirect` sends the caller to the one form"),
+    Default("secure.identity.state", "identities", "", None, None, "",
+            "beside the file; the private key is made there, and never leaves it"),
+    Default("secure.federation.every", 300.0, "s", 10, 86400, "SPIFFE Trust Domain and Bundle 6.1",
+            "new keys are published well before they are used; the endpoint's own hint counts if it is shorter"),
+    Default("secure.federation.local", False, "", None, None, "Consul CVE-2022-29153",
+            "a URL that leads back to this machine reads what only it may read"),
+    Default("secure.jwt.algorithms", ("RS256", "ES256"), "", None, None, "RFC 8725",
+            "what nearly all issuers sign with; only asymmetric ones, and none that you don't use"),
+    Default("secure.jwt.leeway", 30.0, "s", 0, 300, 'RFC 7519, "a few minutes" at most',
+            "clocks differ by seconds; more would keep dead tokens alive"),
+    Default("secure.jwt.longest", 86400.0, "s", 1, 2_592_000, "meshlib",
+            "a token that lives longer than a day was made by mistake, or to be stolen"),
+    Default("secure.jwt.from", ("bearer",), "", None, None, "RFC 6750",
+            "the header authorization, and nowhere else: cookies are sent unasked, and queries stand in logs"),
+    Default("secure.jwt.forward", False, "", None, None, "Istio",
+            "who needs no token can't lose it; the application sees the claims"),
+    Default("secure.jwt.local", False, "", None, None, "Istio CVE-2026-41413",
+            "a URL that leads back to this machine reads what only it may read"),
+    Default("secure.proxies.hops", 1, "proxies", 0, 10, "Envoy",
+            "one proxy in front; each adds one address to X-Forwarded-For, and only that many are believed"),
+    Default("secure.xfcc", "sanitize", "", None, None, "Envoy",
+            "who called is what TLS proved; a header that says so was written by anyone"),
+    Default("secure.record", False, "", None, None, "",
+            "nothing is kept that nobody asked for"),
+    Default("secure.case", "sensitive", "", None, None, "RFC 3986",
+            "applications tell /Admin from /admin; those that don't need `insensitive` in the rules that deny"),
+    Default("secure.authorizer.timeout", 0.5, "s", 0.001, 60, "Envoy, which takes 200 ms",
+            "who can't say within that time whether a call is allowed has not allowed it"),
     Default("secure.dry_run", False, "", None, None, "Envoy",
             "a rule counts; set it to see first whom it would refuse"),
     # ------------------------------------------------------------------------------------------------ observe
@@ -201,12 +232,16 @@ _ROWS: Final = (
 
 TABLE: Final[dict[str, Default]] = {row.name: row for row in _ROWS}
 
+# What is said in the code and not in the file has its row here all the same.
+IN_CODE: Final = frozenset({"secure.authorizer.timeout"})
 
-def setting(name: str) -> Any:
+
+def setting(name: str, *, alias: str | None = None) -> Any:
     """The pydantic field of a row: default, range and reason. For a list, `values.span` checks the range."""
     row = TABLE[name]
     is_list = isinstance(row.value, tuple)  # its words become what the field holds
-    return Field(default=row.value, validate_default=is_list or None, **_limits(row), json_schema_extra=_extra(row))
+    limits = _limits(row)
+    return Field(default=row.value, validate_default=is_list or None, alias=alias, **limits, json_schema_extra=_extra(row))
 
 
 def override(name: str, whose: str) -> Any:

@@ -5,19 +5,19 @@ allowed and nothing else: defaults and ranges come from `defaults.py`, single va
 on other sections is checked in `vet.py`, and what finally counts for a service (override over service over system)
 is computed in `policy.py`.
 
-Unknown keys are mistakes, because in a policy a mistyped key is a hole. A number is never read from a string, nor a
-word from a number: strictness costs a pair of quotes, and saves the version "1.10" from becoming 1.1.
+Who is trusted (`secure`) and what goes out (`egress`) is in `secure_document.py`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from .defaults import override, setting
+from .section import Choice, Closed, Section
+from .secure_document import Egress, EgressOrWord, Inbound, Secure, ServiceSecure
 from .values import (
-    Caller,
     CheckPath,
     CookieName,
     DnsAddress,
@@ -28,43 +28,22 @@ from .values import (
     ListenAddress,
     Method,
     Name,
-    Namespace,
     Pair,
     Prime,
     RoutePath,
-    RulePath,
     Seconds,
     SpiffeId,
     Template,
     Title,
-    TrustDomain,
     Variable,
     Zone,
-    near,
     off,
     off_or,
-    refuse,
     span,
+    word_of,
 )
 
-Mode = Literal["observe", "permissive", "enforce"]
 Condition = Literal["connect", "refused_stream", "reset", "timeout", "protocol", "identity", "status"]
-
-
-class Section(BaseModel):
-    """A mapping of the file: frozen, strict, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Choice(Section):
-    """A mapping with exactly one key: which of several is meant. An override replaces it as a whole."""
-
-    @property
-    def part(self) -> tuple[str, str]:
-        """The key and its word; "" where the key says it all."""
-        name, value = next((name, value) for name, value in self if value is not None)
-        return name, value if isinstance(value, str) else ""
 
 
 # ---------------------------------------------------------------- retry, balance, admit: for all or for a service
@@ -180,11 +159,7 @@ COUNTED_BY: Final = ("service", "route", "peer")
 
 
 def _from_word(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    if value not in COUNTED_BY:
-        refuse(f"{value!r} is not allowed", f"{near(value, COUNTED_BY)}{', '.join(COUNTED_BY)}, or {{header: x-tenant}}")
-    return {value: True}
+    return word_of(value, COUNTED_BY, {}, f"{', '.join(COUNTED_BY)}, or {{header: x-tenant}}")
 
 
 class RatePart(Choice):
@@ -271,58 +246,13 @@ class Guard(Section):
     deadline: Seconds | None = override("deadline", "system")
 
 
-class Store(Section):
+class Store(Closed):
     """A store of limits that processes share. Other keys than these are passed on to it as they are."""
 
     model_config = ConfigDict(extra="allow")
 
     url: str | None = Field(default=None, min_length=1, repr=False, description="Where it is: redis://host:6379/0")
     timeout: Seconds = setting("stores.timeout")
-
-    def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        """Nothing: a URL may hold a password, and so may what this file doesn't know."""
-        return []
-
-
-# ---------------------------------------------------------------- secure
-
-
-class IdentityFolder(Section):
-    """Where this process's certificate, key and trust bundle are: <folder>/<service>/{svid.pem,key.pem,bundle.pem}."""
-
-    folder: str = Field(min_length=1, description="A folder, relative to this file.")
-
-
-class Secure(Section):
-    """Who is trusted, and how much of it is enforced."""
-
-    mode: Mode = Field(description="observe reports, permissive uses mTLS where the peer can, enforce demands it. No default.")
-    trust_domain: TrustDomain | None = Field(
-        default=None, description='The domain of all SPIFFE IDs. Default: "<mesh>.internal".'
-    )
-    namespace: Namespace = setting("secure.namespace")
-    identity: IdentityFolder | None = Field(default=None, description="Needed unless the mode is observe everywhere.")
-    paths: Literal["canonical", "strict"] = setting("secure.paths")
-
-
-class Rule(Section):
-    """Which calls a rule speaks of: all conditions hold at once, one entry of each list is enough."""
-
-    name: Title | None = Field(default=None, description='In logs and refusals. Default: "<service>/allow/<index>".')
-    from_: tuple[Caller, ...] = Field(
-        alias="from", min_length=1, description='Services, SPIFFE IDs (a * at the end = any rest) or "*" (anyone).'
-    )
-    methods: tuple[Method, ...] = Field(default=(), description="HTTP methods; none means all.")
-    paths: tuple[RulePath, ...] = Field(default=(), description="Exact, with a * at the end, or templates; none means all.")
-    dry_run: bool = setting("secure.dry_run")
-
-
-class ServiceSecure(Section):
-    """What is different for this service's own listener, and who may call it."""
-
-    mode: Mode | None = Field(default=None, description="Instead of the system's mode, for calls to this service.")
-    allow: tuple[Rule, ...] = Field(default=(), description="In mode enforce, what no rule allows is denied.")
-    deny: tuple[Rule, ...] = Field(default=(), description="Wins over allow.")
 
 
 # ---------------------------------------------------------------- observe
@@ -427,6 +357,7 @@ class Service(Section):
     deadline: Seconds | None = override("deadline", "system")
     stream_idle: Seconds | None = override("stream_idle", "system")
     secure: ServiceSecure = Field(default_factory=ServiceSecure)
+    inbound: Inbound = Field(default_factory=Inbound, description="What is admitted of what comes in.")
     observe: Observe | None = Field(default=None, description="Over the system's, for this service's own processes.")
 
 
@@ -436,7 +367,7 @@ class Document(Section):
     mesh: Name = Field(description="The name of the system.")
     secure: Secure
     observe: Observe = Field(default_factory=Observe)
-    egress: Literal["allow", "deny"] = setting("egress")
+    egress: EgressOrWord = Field(default_factory=Egress, description="Calls to hosts that are no service. Default: allow.")
     deadline: Seconds = setting("deadline")
     stream_idle: Seconds = setting("stream_idle")
     retry: Retry = Field(default_factory=Retry)

@@ -19,9 +19,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from meshlib.errors import ConfigError, Problem
 
-from . import problems, vet, warn
-from .document import Document, Endpoint, EndpointSettings, IdentityFolder, Store
-from .policy import Config, GuardPolicy, Names, ServicePolicy, resolve, resolve_guards
+from . import judged, problems, secure_policy, vet, warn
+from .document import Document, Endpoint, EndpointSettings, Store
+from .names import Names
+from .policy import Config, GuardPolicy, ServicePolicy, resolve, resolve_guards
+from .secure_policy import IdentityChoice
 from .text import Text, parse
 from .values import Zone, near, some
 
@@ -61,28 +63,36 @@ def load(source: str | os.PathLike[str] | None = None, *, service: str | None = 
         hint = f"{near(name, known) if name else ''}one of {some(known)}"
         raise ConfigError([Problem(str(examined.file), line, key, message, hint)])
     document, secure = examined.document, examined.document.secure
-    folder = examined.dev_folder
-    if folder is None and secure.identity is not None:
-        folder = (examined.file.parent / secure.identity.folder).absolute()
-    identity = None if folder is None else IdentityFolder(folder=str(folder))
+    folder, is_dev = examined.file.parent, examined.dev_folder is not None
+    identity = secure_policy.identity(secure.identity, folder)
+    if is_dev:
+        identity = IdentityChoice("folder", folder=examined.dev_folder)
     own = examined.services[name]
     return Config(
         name=document.mesh,
         file=examined.file,
         service=name,
-        secure=secure.model_copy(update={"trust_domain": examined.names.trust_domain, "identity": identity}),
+        secure=secure.model_copy(update={"trust_domain": examined.names.trust_domain}),
         observe=own.observe,
         services=MappingProxyType(examined.services),
         trust_domain=examined.names.trust_domain,
-        egress=document.egress,
+        egress=document.egress.policy,
         deadline=document.deadline,
-        identity_folder=folder,
-        is_dev=examined.dev_folder is not None,
+        identity_folder=None if identity is None else identity.folder,
+        is_dev=is_dev,
         source=examined.source,
         zone=where,
         guards=MappingProxyType(examined.guards),
         stores=MappingProxyType({name: _settings(store) for name, store in document.stores.items()}),
         warnings=examined.warnings,
+        identity_source=identity,
+        # The throw-away CA of `meshlib dev` is for this machine: nobody else's is trusted beside it.
+        federation={} if is_dev else secure_policy.federation(secure.federation, folder),
+        jwt=secure_policy.providers(secure.jwt, folder, examined.names),
+        proxies=secure_policy.proxies(secure.proxies, examined.names),
+        egress_hosts=document.egress.hosts,
+        egress_credentials=secure_policy.credentials(document.egress.credentials, folder),
+        record=secure_policy.record(secure.record, folder),
     )
 
 
@@ -108,6 +118,9 @@ def examine(source: str | os.PathLike[str] | None = None) -> Examined:
     names = Names(document, is_dev=dev is not None)
     services = resolve(document, names)
     guards = resolve_guards(document)
+    judged.check(text, services, secure_policy.providers(document.secure.jwt, file.parent, names))
+    if text.problems:
+        raise ConfigError(text.problems)
     return Examined(
         file=file.absolute(),
         text=text,
@@ -117,7 +130,7 @@ def examine(source: str | os.PathLike[str] | None = None) -> Examined:
         services=services,
         guards=guards,
         dev_folder=None if dev is None else Path(dev).absolute(),
-        warnings=tuple(warn.warnings(text, file.parent, services, guards).problems),
+        warnings=tuple(warn.warnings(text, file.parent, document, services, guards).problems),
     )
 
 

@@ -14,10 +14,10 @@ import json
 from typing import Any, Final
 
 from . import document as doc
+from . import secure_plan
 from .defaults import TABLE
 from .levels import HASHING
-from .policy import Config, GuardPolicy, RatePolicy, RoutePolicy, RulePolicy, ServicePolicy, merge
-from .values import rule_path_kind
+from .policy import Config, GuardPolicy, RatePolicy, RoutePolicy, ServicePolicy, merge
 
 Json = dict[str, Any]
 
@@ -37,10 +37,17 @@ def server_plan(config: Config) -> bytes:
             "service": own.name,
             "mode": own.mode,
             "identity": own.identity,
+            "trust_domain": config.trust_domain,
             "paths": config.secure.paths,
             "in_flight": own.admit.in_flight,
-            "rules": [_rule(rule) for rule in own.rules],
+            "rules": [secure_plan.rule(rule) for rule in own.rules],
             "routes": [{"name": route.name, "path": _path(route.match.path)} for route in own.routes],
+            "proxies": secure_plan.proxies(config.proxies),
+            "xfcc": config.xfcc,
+            "providers": [secure_plan.provider(config.jwt[name]) for name in own.providers],
+            "jwt_required": [secure_plan.path(path) for path in own.jwt_required],
+            "rates": [_inbound_rate(rate) for rate in own.inbound_rates],
+            "record": config.record is not None,
         }
     )
 
@@ -172,6 +179,12 @@ def _rate(rate: RatePolicy) -> Json:
     }
 
 
+def _inbound_rate(rate: RatePolicy) -> Json:
+    plan = _rate(rate)
+    del plan["is_standby"]  # each process counts what comes in by itself
+    return plan
+
+
 def _part(kind: str, name: str) -> Json:
     return {"kind": kind, "name": name}
 
@@ -230,28 +243,6 @@ def _header(match: doc.HeaderMatch) -> Json:
     if match.prefix is not None:
         return {"name": match.name, "kind": "prefix", "value": match.prefix}
     return {"name": match.name, "kind": "present", "value": ""}
-
-
-def _rule(rule: RulePolicy) -> Json:
-    methods = list(rule.methods)
-    if rule.action == "deny" and "GET" in methods and "HEAD" not in methods:
-        methods.append("HEAD")  # a HEAD tells what a GET would: who may not GET may not HEAD either
-    return {
-        "name": rule.name,
-        "action": rule.action,
-        "dry_run": rule.is_dry_run,
-        "from": [_caller(caller) for caller in rule.callers],
-        "methods": methods,
-        "paths": [dict(zip(("kind", "value"), rule_path_kind(path), strict=True)) for path in rule.paths],
-    }
-
-
-def _caller(caller: str) -> Json:
-    if caller == "*":
-        return {"kind": "any"}
-    if caller.endswith("*"):
-        return {"kind": "prefix", "value": caller[:-1]}
-    return {"kind": "exact", "value": caller}
 
 
 def _encode(plan: Json) -> bytes:

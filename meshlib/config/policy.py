@@ -15,9 +15,13 @@ from typing import Any, TypeVar
 from meshlib.errors import ConfigError, Problem
 
 from . import document as doc
-from .values import DEV_TRUST_DOMAIN, near, some, split_spiffe_id
+from .names import Names
+from .section import Choice, Section
+from .secure_document import InboundRate, Secure
+from .secure_policy import CredentialPolicy, FederationPolicy, IdentityChoice, ProviderPolicy, ProxiesPolicy, RulePolicy, rules
+from .values import near, some
 
-S = TypeVar("S", bound=doc.Section)
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +37,8 @@ class RoutePolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class RulePolicy:
-    """An inbound rule. `callers` are "*", SPIFFE IDs, or beginnings of SPIFFE IDs with a `*` at the end."""
-
-    name: str
-    action: str
-    callers: tuple[str, ...]
-    methods: tuple[str, ...]
-    paths: tuple[str, ...]
-    is_dry_run: bool
-
-
-@dataclass(frozen=True, slots=True)
 class RatePart:
-    """What of a call a limit is counted by: `kind` is service, route, peer, or header with its name."""
+    """What of a call a limit is counted by: `kind` is service, route, peer, client (calls that come in), or header with its name."""
 
     kind: str
     name: str
@@ -111,6 +103,9 @@ class ServicePolicy:
     check: CheckPolicy | None
     deadline: float
     rules: tuple[RulePolicy, ...]
+    providers: tuple[str, ...]
+    jwt_required: tuple[str, ...]
+    inbound_rates: tuple[RatePolicy, ...]
     observe: doc.Observe
 
     @property
@@ -132,12 +127,13 @@ class Config:
     `source` is the hash of the file's text, to tell whether a reload brings anything new. `warnings` are what
     `meshlib vet` tells about settings that are allowed, but inert or dangerous. `zone` is where this process runs, "" if
     nobody said. `guards` has an entry "*" for all that the file doesn't name; `stores` are settings by plugin.
+    `federation` is by trust domain, `jwt` by the provider's name. `record` is the folder of what `meshlib suggest` reads.
     """
 
     name: str
     file: Path
     service: str
-    secure: doc.Secure
+    secure: Secure
     observe: doc.Observe
     services: Mapping[str, ServicePolicy]
     trust_domain: str
@@ -150,11 +146,28 @@ class Config:
     guards: Mapping[str, GuardPolicy] = field(default_factory=dict)
     stores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     warnings: tuple[Problem, ...] = field(default=(), repr=False)
+    identity_source: IdentityChoice | None = None
+    federation: Mapping[str, FederationPolicy] = field(default_factory=dict)
+    jwt: Mapping[str, ProviderPolicy] = field(default_factory=dict)
+    proxies: ProxiesPolicy = field(default_factory=ProxiesPolicy)
+    egress_hosts: tuple[str, ...] = ()
+    egress_credentials: tuple[CredentialPolicy, ...] = ()
+    record: Path | None = None
 
     @property
     def own(self) -> ServicePolicy:
         """The service that this process is."""
         return self.services[self.service]
+
+    @property
+    def xfcc(self) -> str:
+        """What becomes of X-Forwarded-Client-Cert: sanitize, sanitize_set or append_forward."""
+        return self.secure.xfcc
+
+    @property
+    def authorizers(self) -> tuple[str, ...]:
+        """Whom the CUSTOM rules of the own service ask, each once."""
+        return tuple(dict.fromkeys(rule.authorizer for rule in self.own.rules if rule.authorizer))
 
     def identity_of(self, service: str) -> str:
         """The SPIFFE ID of a service."""
@@ -199,7 +212,7 @@ class Config:
         return found
 
 
-def merge(base: S, *overrides: doc.Section | None) -> S:
+def merge(base: S, *overrides: Section | None) -> S:
     """A section in which what an override says wins, key by key, level by level. Foreign keys are left out.
 
     A `Choice` is taken as a whole: a cookie of the system's and a header of the service's are not both meant.
@@ -212,8 +225,8 @@ def merge(base: S, *overrides: doc.Section | None) -> S:
             continue
         for name in override.model_fields_set & values.keys():
             own, other = values[name], getattr(override, name)
-            has_keys = isinstance(own, doc.Section) and not isinstance(own, doc.Choice)
-            values[name] = merge(own, other) if has_keys and isinstance(other, doc.Section) else other
+            has_keys = isinstance(own, Section) and not isinstance(own, Choice)
+            values[name] = merge(own, other) if has_keys and isinstance(other, Section) else other
     return type(base).model_construct(set(values), **values)
 
 
@@ -225,54 +238,6 @@ def resolve(document: doc.Document, names: Names) -> dict[str, ServicePolicy]:
 def resolve_guards(document: doc.Document) -> dict[str, GuardPolicy]:
     """All guards of a document with everything filled in, and "*" for all others."""
     return {name: _guard(document, name, document.guards.get(name)) for name in ("*", *document.guards)}
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Which SPIFFE IDs the names of a document stand for.
-
-    `meshlib dev` issues its certificates in a trust domain of its own, always at the default path, whatever the file
-    says; so the file's identities are carried over. Identities of foreign domains stay as they are and match nobody.
-    """
-
-    document: doc.Document
-    is_dev: bool
-
-    @property
-    def written_domain(self) -> str:
-        return self.document.secure.trust_domain or f"{self.document.mesh}.internal"
-
-    @property
-    def trust_domain(self) -> str:
-        return DEV_TRUST_DOMAIN if self.is_dev else self.written_domain
-
-    def identity(self, service: str) -> str:
-        """The SPIFFE ID of a service."""
-        written = self.document.services[service].identity
-        if written is not None and not self.is_dev:
-            return written
-        return f"spiffe://{self.trust_domain}/ns/{self.document.secure.namespace}/sa/{service}"
-
-    def caller(self, written: str) -> str:
-        """What a rule's `from` means: "*", a SPIFFE ID, or the beginning of SPIFFE IDs with `*`."""
-        if written == "*":
-            return written
-        if not written.startswith("spiffe://"):
-            return self.identity(written)
-        if not self.is_dev:
-            return written
-        for service, settings in self.document.services.items():
-            if settings.identity == written:
-                return self.identity(service)
-        domain, _, path = written.removeprefix("spiffe://").partition("/")
-        return f"spiffe://{self.trust_domain}/{path}" if domain == self.written_domain else written
-
-    def endpoint(self, written: str | None) -> str | None:
-        """The identity of an endpoint that differs from its service's; in development none does."""
-        if written is None or self.is_dev:
-            return None
-        split_spiffe_id(written)
-        return written
 
 
 def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
@@ -297,18 +262,10 @@ def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
         rates=_rates(name, admit.rate),
         check=_check(admit.check, written.protocol),
         deadline=deadline,
-        rules=tuple(
-            RulePolicy(
-                name=rule.name or f"{name}/{action}/{index}",
-                action=action,
-                callers=tuple(dict.fromkeys(names.caller(caller) for caller in rule.from_)),
-                methods=rule.methods,
-                paths=rule.paths,
-                is_dry_run=rule.dry_run,
-            )
-            for action, rules in (("deny", written.secure.deny), ("allow", written.secure.allow))
-            for index, rule in enumerate(rules)
-        ),
+        rules=(*rules("*", document.secure, names), *rules(name, written.secure, names)),
+        providers=tuple(document.secure.jwt) if written.secure.jwt.providers is None else written.secure.jwt.providers,
+        jwt_required=written.secure.jwt.require,
+        inbound_rates=_inbound_rates(name, written.inbound.rate),
         observe=merge(document.observe, written.observe),
     )
 
@@ -343,6 +300,21 @@ def _rates(owner: str, written: tuple[doc.Rate, ...]) -> tuple[RatePolicy, ...]:
             by=tuple(dict.fromkeys(RatePart(*part.part) for part in rate.by)),
             store=rate.store,
             on_failure=rate.on_failure,
+        )
+        for index, rate in enumerate(written)
+    )
+
+
+def _inbound_rates(service: str, written: tuple[InboundRate, ...]) -> tuple[RatePolicy, ...]:
+    return tuple(
+        RatePolicy(
+            name=rate.name or f"{service}/inbound/{index}",
+            calls=rate.calls,
+            per=rate.per,
+            burst=rate.calls if rate.burst is None else rate.burst,
+            by=tuple(dict.fromkeys(RatePart(*part.part) for part in rate.by)),
+            store="local",
+            on_failure="local",
         )
         for index, rate in enumerate(written)
     )

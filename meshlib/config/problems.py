@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from .defaults import TABLE
-from .document import Document, Section
+from .document import Document
+from .section import Section
 from .text import Path, Text, masked
 from .values import near
 
@@ -47,7 +48,26 @@ _ELSEWHERE: Final = {
     "hash_policy": "hash_on",
     "interval": "every",
     "percent": "weight",
+    "not_principals": "not_from",
+    "notprincipals": "not_from",
+    "source": "from",
+    "jwks_uri": "jwks",
+    "from_headers": "from",
+    "from_params": "from",
+    "forward_original_token": "forward",
+    "provider": "authorizer",
+    "max_age": "longest",
+    "trusted_proxies": "proxies",
+    "xff_num_trusted_hops": "hops",
+    "trusted_hops": "hops",
+    "cert": "certificate",
+    "ca_bundle": "bundle",
+    "roots": "bundle",
+    "endpoint_url": "url",
 }
+
+# What people call a secret that has no place in the file.
+_SECRETS: Final = frozenset(("value", "secret", "token", "key", "password", "bearer", "api_key", "credential"))
 
 # In place of a value that is not shown.
 _HERE: Final = "what stands here"
@@ -97,8 +117,10 @@ def shown(value: object) -> str:
 
 
 def _is_secret(loc: Path) -> bool:
-    """What stands under `stores` may hold a password, and so may what somebody took for the place of the URL."""
-    return loc[:1] == ("stores",) or (loc[-1:] == ("store",) and loc[-3:-2] == ("rate",))
+    """Where a password may stand, or a key, though it shouldn't."""
+    if loc[:1] == ("stores",) or (loc[-1:] == ("store",) and loc[-3:-2] == ("rate",)):
+        return True
+    return loc[:2] == ("egress", "credentials") or loc[:3] == ("secure", "identity", "token") or loc[3:5] == ("jwks", "keys")
 
 
 def _words(detail: ErrorDetails, root: Any) -> tuple[str, str]:
@@ -115,6 +137,8 @@ def _words(detail: ErrorDetails, root: Any) -> tuple[str, str]:
         if word == "zone":
             # The file is shared by processes in all zones.
             return "unknown key", "each process is told its own: MESHLIB_ZONE; an endpoint's stands beside its address"
+        if loc[:2] == ("egress", "credentials") and word in _SECRETS:
+            return "a secret has no place in this file", "env: the name of a variable that holds it, or file: a path"
         guess = near(word, keys) or (f"did you mean {_ELSEWHERE[word]!r}? " if _ELSEWHERE.get(word) in keys else "")
         return "unknown key", f"{guess}allowed: {', '.join(keys)}"
     if kind == "literal_error":

@@ -28,10 +28,12 @@ METHODS: Final = (
 
 _DURATION: Final = re.compile(DURATION + r"\Z")
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
-_HOST: Final = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62})(?:\.[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62}))*\Z")
-_TRUST_DOMAIN: Final = re.compile(r"[a-z0-9._-]{1,255}\Z")
-_SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+\Z")
+NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
+HOST: Final = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62})(?:\.[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62}))*\Z")
+TRUST_DOMAIN: Final = re.compile(r"[a-z0-9._-]{1,255}\Z")
+SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+\Z")
+# What resolvers read as the number of an address, though it doesn't look like one.
+DISGUISED: Final = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?\Z")
 _VARIABLE: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}\Z")
 _HEADER: Final = re.compile(r"[a-z0-9!#$%&'*+.^`|~-]+\Z")
 _COOKIE: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
@@ -111,7 +113,7 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
 
 def is_name(value: str) -> bool:
     """True for what may be the name of a service, or of a store."""
-    return _NAME.match(value) is not None
+    return NAME.match(value) is not None
 
 
 def _name(value: str) -> str:
@@ -150,19 +152,23 @@ def _address(value: str, *, can_listen: bool) -> str:
         refuse(f"{value!r} has an impossible port", "0 (any free one) to 65535" if can_listen else "1 to 65535")
     if host.startswith("[") and host.endswith("]"):
         try:
-            ip = ipaddress.IPv6Address(host[1:-1])
+            six = ipaddress.IPv6Address(host[1:-1])
         except ValueError:
             refuse(f"{value!r} is not an IPv6 address", hint)
-        is_any = ip.is_unspecified
+        ip = six.ipv4_mapped or six
+        is_any, is_link_local = ip.is_unspecified, ip.is_link_local
     elif re.match(r"[0-9.]+\Z", host):
         try:
-            is_any = ipaddress.IPv4Address(host).is_unspecified
+            four = ipaddress.IPv4Address(host)
         except ValueError:
             refuse(f"{value!r} is not an IPv4 address", hint)
-    elif not _HOST.match(host):
+        is_any, is_link_local = four.is_unspecified, four.is_link_local
+    elif not HOST.match(host) or DISGUISED.match(host):
         refuse(f"{value!r} has no valid host", hint + "; IPv6 in brackets")
     else:
-        is_any = False
+        is_any = is_link_local = False
+    if is_link_local and not can_listen:
+        refuse(f"{value!r} is link-local: clouds hand out credentials there", "the address at which this endpoint is reached")
     if is_any and not can_listen:
         refuse(f"{value!r} is an address to listen on, not one to call", "the address at which this endpoint is reached")
     return value
@@ -197,9 +203,9 @@ def split_spiffe_id(value: str) -> tuple[str, str]:
     if not value.startswith("spiffe://"):
         refuse(f"{value!r} is not a SPIFFE ID", hint)
     domain, slash, path = value.removeprefix("spiffe://").partition("/")
-    if not _TRUST_DOMAIN.match(domain):
+    if not TRUST_DOMAIN.match(domain):
         refuse(f"{value!r} has no valid trust domain", "small letters, digits, dots, hyphens and underscores")
-    if not slash or not all(_SEGMENT.match(part) and part not in (".", "..") for part in path.split("/")):
+    if not slash or not all(SEGMENT.match(part) and part not in (".", "..") for part in path.split("/")):
         refuse(f"{value!r} has no valid path", hint + "; no empty, '.' or '..' segments and no slash at the end")
     return domain, "/" + path
 
@@ -210,7 +216,7 @@ def _spiffe_id(value: str) -> str:
 
 
 def _trust_domain(value: str) -> str:
-    if not _TRUST_DOMAIN.match(value):
+    if not TRUST_DOMAIN.match(value):
         refuse(
             f"{value!r} can't be a trust domain",
             "small letters, digits, dots, hyphens and underscores, such as shop.internal",
@@ -219,7 +225,7 @@ def _trust_domain(value: str) -> str:
 
 
 def _namespace(value: str) -> str:
-    if not _NAME.match(value):
+    if not NAME.match(value):
         refuse(
             f"{value!r} can't be a namespace",
             "small letters, digits and inner hyphens: it is part of SPIFFE IDs and DNS names",
@@ -227,33 +233,10 @@ def _namespace(value: str) -> str:
     return value
 
 
-def _caller(value: str) -> str:
-    """`*`, a service's name, a SPIFFE ID, or the beginning of SPIFFE IDs with `*` at the end."""
-    hint = 'a service, "*", spiffe://<trust domain>/<path>, or one with * at the end'
-    if value == "*":
-        return value
-    if value.startswith("spiffe://"):
-        start = value.removesuffix("*")
-        if "*" in start:
-            refuse(f"{value!r}: a * may only stand at the end", hint)
-        if start == value:
-            return _spiffe_id(value)
-        domain, slash, _ = start.removeprefix("spiffe://").partition("/")
-        if not slash or not _TRUST_DOMAIN.match(domain):
-            refuse(
-                f"{value!r} would match other trust domains",
-                f"end the trust domain with a slash: spiffe://{domain or 'shop.internal'}/*",
-            )
-        return value
-    if "*" in value or not _NAME.match(value):
-        refuse(f"{value!r} is no caller", hint)
-    return value
-
-
 # ---------------------------------------------------------------- paths, methods, headers
 
 
-def _plain_path(value: str, *, is_template: bool = False) -> str:
+def plain_path(value: str, *, is_template: bool = False) -> str:
     """A path in the canonical form in which requests are compared. Other spellings would never match."""
     if not value.startswith("/"):
         refuse(f"{value!r} does not begin with /", "paths are absolute: /orders")
@@ -274,8 +257,8 @@ def _plain_path(value: str, *, is_template: bool = False) -> str:
     return value
 
 
-def _template(value: str) -> str:
-    _plain_path(value, is_template=True)
+def template(value: str) -> str:
+    plain_path(value, is_template=True)
     names: set[str] = set()
     for segment in value.split("/"):
         if "{" not in segment and "}" not in segment:
@@ -292,28 +275,7 @@ def _template(value: str) -> str:
 def _route_path(value: str) -> str:
     if "*" in value:
         refuse(f"{value!r} holds a *", "`prefix:` matches everything under it, by whole segments")
-    return _plain_path(value)
-
-
-def _rule_path(value: str) -> str:
-    start = value.removesuffix("*")
-    if not start:
-        refuse(f"{value!r} is no path", "/* is every path")
-    if "*" in start:
-        refuse(f"{value!r}: a * may only stand at the end", "/orders, /orders/*, or /orders/{id}")
-    if "{" in value or "}" in value:
-        if start != value:
-            refuse(f"{value!r} mixes a template and a *", "/orders, /orders/*, or /orders/{id}")
-        return _template(value)
-    _plain_path(start)
-    return value
-
-
-def rule_path_kind(value: str) -> tuple[str, str]:
-    """How the gate compares a rule's path: its kind and the value without the `*`."""
-    if value.endswith("*"):
-        return "prefix", value[:-1]
-    return ("template" if "{" in value else "exact"), value
+    return plain_path(value)
 
 
 def _method(value: str) -> str:
@@ -324,7 +286,7 @@ def _method(value: str) -> str:
     return value
 
 
-def _header_name(value: str) -> str:
+def header_name(value: str) -> str:
     if value != value.lower():
         refuse(f"{value!r} holds capitals", f"header names are compared in small letters: {value.lower()}")
     if "_" in value:
@@ -347,7 +309,7 @@ def _variable(value: str) -> str:
 
 
 def _check_path(value: str) -> str:
-    if not value.startswith("/") or any(not 32 < ord(char) < 127 for char in value) or "#" in value:
+    if not value.startswith("/") or value.startswith("//") or any(not 32 < ord(char) < 127 for char in value) or "#" in value:
         refuse(f"{value!r} can't be asked for", "a path as it is sent, such as /healthz")
     return value
 
@@ -396,6 +358,15 @@ def _guard(value: str) -> str:
     return value
 
 
+def word_of(value: Any, words: tuple[str, ...], meanings: dict[str, Any], hint: str) -> Any:
+    """A word that is short for a mapping: `peer` for {peer: true}, or what it means."""
+    if not isinstance(value, str):
+        return value
+    if value not in words:
+        refuse(f"{value!r} is not allowed", f"{near(value, words)}{hint}")
+    return meanings.get(value, {value: True})
+
+
 def off(value: Any) -> Any:
     """`off` takes away what the system says."""
     return None if value == "off" else value
@@ -410,13 +381,11 @@ ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 SpiffeId = Annotated[str, AfterValidator(_spiffe_id)]
 TrustDomain = Annotated[str, AfterValidator(_trust_domain)]
 Namespace = Annotated[str, AfterValidator(_namespace)]
-Caller = Annotated[str, AfterValidator(_caller)]
 RoutePath = Annotated[str, AfterValidator(_route_path)]
-Template = Annotated[str, AfterValidator(_template)]
-RulePath = Annotated[str, AfterValidator(_rule_path)]
+Template = Annotated[str, AfterValidator(template)]
 Title = Annotated[str, AfterValidator(_title)]
 Method = Annotated[str, AfterValidator(_method)]
-HeaderName = Annotated[str, AfterValidator(_header_name)]
+HeaderName = Annotated[str, AfterValidator(header_name)]
 Label = Annotated[str, BeforeValidator(_label)]
 CookieName = Annotated[str, AfterValidator(_cookie_name)]
 Variable = Annotated[str, AfterValidator(_variable)]

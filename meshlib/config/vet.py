@@ -4,7 +4,7 @@ A name that nothing defines, labels that select nobody, two things of one name, 
 there, an address that development forbids. The checks read the raw values and step over what has the wrong shape
 (the types report that), so that one pass finds all mistakes and a first one never hides a second.
 
-What is allowed, but inert or dangerous, is `warn.py`'s.
+Mistakes about trust are found by `secure_vet.py`. What is allowed, but inert or dangerous, is `warn.py`'s.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import levels
-from .document import Choice, HashPart, RatePart, Sticky
+from . import levels, secure_vet
+from .document import HashPart, RatePart, Sticky
 from .problems import shown
+from .section import Choice
 from .text import Path, Text, dotted
 from .values import DEV_TRUST_DOMAIN, is_loopback, near, some
 
@@ -33,13 +34,13 @@ def check(text: Text, *, is_dev: bool) -> None:
             continue
         _discover(text, at, service)
         _routes(text, at, service)
-        _rules(text, at, service, services)
         _choices(text, at, service)
     if isinstance(raw, dict):
         _choices(text, (), raw)
         for name, guard in _mapping(raw, "guards").items():
             _choices(text, ("guards", name), guard)
         levels.check(text, raw, services)
+        secure_vet.check(text, raw, services)
 
 
 def _empty(text: Text, raw: Any) -> None:
@@ -58,7 +59,7 @@ def _identity(text: Text, raw: Any, services: Mapping[str, Any], *, is_dev: bool
     modes = [_mapping(service, "secure").get("mode") or secure.get("mode") for service in services.values()]
     needing = [name for name, mode in zip(services, modes, strict=True) if mode in ("permissive", "enforce")]
     if needing and "identity" not in secure and not is_dev and isinstance(raw.get("secure"), dict):
-        hint = "identity: {folder: ./identities}, filled by `meshlib ca issue`; or use `meshlib dev`; or mode: observe"
+        hint = "identity: {folder: ./identities}, filled by `meshlib ca issue`; or files, ca, plugin; or `meshlib dev`; or mode: observe"
         text.refuse(("secure", "identity"), f"is missing, and {some(needing)} can't prove who they are without it", hint)
     for path, value in _walk(raw, ()):
         if value == DEV_TRUST_DOMAIN or (isinstance(value, str) and value.startswith(f"spiffe://{DEV_TRUST_DOMAIN}/")):
@@ -83,32 +84,6 @@ def _loopback(text: Text, raw: Any, services: Mapping[str, Any]) -> None:
             continue
         hint = "127.0.0.1, ::1 or localhost; leave MESHLIB_DEV unset where certificates come from a CA of your own"
         text.refuse(path, f"{address!r} is not a loopback address, and MESHLIB_DEV allows no other", hint)
-
-
-def _rules(text: Text, at: Path, service: Mapping[str, Any], services: Mapping[str, Any]) -> None:
-    names: dict[str, Path] = {}
-    for action in ("allow", "deny"):
-        for index, rule in enumerate(_items(_mapping(service, "secure").get(action))):
-            if not isinstance(rule, dict):
-                continue
-            place: Path = (*at, "secure", action, index)
-            name = rule.get("name", f"{at[1]}/{action}/{index}")
-            if isinstance(name, str) and names.setdefault(name, place) != place:
-                hint = "logs and refusals tell rules apart by name"
-                text.refuse((*place, "name"), f"another rule is called {name!r}, too", hint)
-            callers, methods = _items(rule.get("from")), _items(rule.get("methods"))
-            for number, caller in enumerate(callers):
-                is_name = isinstance(caller, str) and "*" not in caller and "://" not in caller
-                if is_name and caller not in services:
-                    hint = f'{near(caller, services)}a service ({some(services)}), "*", or a SPIFFE ID'
-                    text.refuse((*place, "from", number), f"{caller!r} is no service of this file", hint)
-            if service.get("protocol") == "grpc" and methods and "POST" not in methods:
-                hint = "leave methods out; paths: [/package.Service/Method]"
-                text.refuse((*place, "methods"), "every gRPC call is a POST: the rule would match nothing", hint)
-            is_narrow = bool(methods or rule.get("paths") or rule.get("dry_run"))
-            if action == "deny" and "*" in callers and not is_narrow:
-                hint = "name callers, methods or paths; in mode enforce, what no rule allows is denied anyway"
-                text.refuse(place, "denies every call of everyone", hint)
 
 
 # ---------------------------------------------------------------- discover and route

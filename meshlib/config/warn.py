@@ -1,7 +1,7 @@
 """Which settings are allowed, but do nothing or more than one may think?
 
 Warnings never stop anything: `meshlib vet` prints them beside a configuration that can be used. They are about policies
-filled in, so that a setting that was inherited is seen like one that was written.
+filled in, so that a setting that was inherited is seen like one that was written. Who is trusted is `secure_warn.py`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Final
 
-from . import inert
+from . import inert, secure_warn
+from .document import Document
 from .policy import GuardPolicy, ServicePolicy
 from .text import Path, Text
 from .values import some
@@ -20,14 +21,15 @@ from .values import some
 _DNS_FORM: Final = re.compile(r"^spiffe://[^/]+/ns/[^/]+/sa/[^/]+$")
 
 
-def warnings(text: Text, folder: File, services: Mapping[str, ServicePolicy], guards: Mapping[str, GuardPolicy]) -> Text:
+def warnings(
+    text: Text, folder: File, document: Document, services: Mapping[str, ServicePolicy], guards: Mapping[str, GuardPolicy]
+) -> Text:
     """What is allowed, but does nothing or more than one may think; as problems of a text of its own."""
     found = Text(text.file, lines=text.lines)
     _warn_modes(found, services)
     _warn_identities(found, services)
     for service in services.values():
         at: Path = ("services", service.name)
-        _warn_secure(found, at, service)
         _warn_routes(found, at, service)
         discover = service.discover
         if discover is not None and discover.file is not None and not (folder / discover.file).exists():
@@ -35,6 +37,7 @@ def warnings(text: Text, folder: File, services: Mapping[str, ServicePolicy], gu
         budget = service.retry.budget
         if budget.ratio == 0 and budget.per_second == 0 and any(route.retry.attempts for route in service.routes):
             found.refuse((*at, "retry"), "retries are on, but their budget is 0", "ratio or per_second above 0; or attempts: 0")
+    secure_warn.warn(found, document, services)
     inert.warn(found, services, guards)
     return found
 
@@ -77,30 +80,6 @@ def _warn_identities(found: Text, services: Mapping[str, ServicePolicy]) -> None
         if plain:
             message = f"enforce, but {some(plain)} (mode observe) calls in plain text and will be refused"
             found.refuse(("services", service.name, "secure"), message, "permissive here, until all callers are")
-
-
-def _warn_secure(found: Text, at: Path, service: ServicePolicy) -> None:
-    secure: Path = (*at, "secure")
-    allows = [rule for rule in service.rules if rule.action == "allow"]
-    if service.mode == "enforce" and not allows:
-        found.refuse((*secure, "allow"), "enforce without a rule that allows anything: every call is denied", "an allow rule")
-    elif service.mode == "enforce" and all(rule.is_dry_run for rule in allows):
-        found.refuse((*secure, "allow"), "enforce, and every allow rule is a dry run: every call is denied", "dry_run: false")
-    counts = {"allow": 0, "deny": 0}
-    for rule in service.rules:
-        place = (*secure, rule.action, counts[rule.action])
-        counts[rule.action] += 1
-        if rule.action == "allow" and "*" in rule.callers and service.mode == "enforce":
-            found.refuse(
-                (*place, "from"),
-                'enforce, and "*" lets everyone in whose certificate is valid, whoever it is',
-                "name the callers",
-            )
-        if rule.action == "allow" and any(caller.endswith("/*") and caller.count("/") == 3 for caller in rule.callers):
-            found.refuse((*place, "from"), "a whole trust domain is allowed", "name the callers")
-        if rule.action == "deny" and rule.paths:
-            hint = "safer: allow the paths that may be called; what no rule allows is denied"
-            found.refuse((*place, "paths"), "DENY by path: a spelling that the application reads differently slips through", hint)
 
 
 def _warn_routes(found: Text, at: Path, service: ServicePolicy) -> None:

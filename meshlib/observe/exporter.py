@@ -1,22 +1,28 @@
 """How does Prometheus get the numbers of this process?
 
-A listener of a few lines on the keeper's loop: `GET /metrics`, and `GET /healthz` for those who ask whether the process
-takes work. A framework would bring a thread and a dependency, and the application's own server must not tell its
-metrics to its callers. One request per connection, limits on size, time and number of connections; everything else is
-answered with 404 and closed.
+A listener of a few lines on the keeper's loop: `GET /metrics`, `GET /healthz` for those who ask whether the process takes
+work, and `GET /status` for `meshlib status`: edges, certificate and alerts as JSON, and nothing secret. A framework would
+bring a thread and a dependency, and the application's own server must not tell its metrics to its callers. One request per
+connection, limits on size, time and number of connections; everything else is answered with 404 and closed.
 
-It speaks plain HTTP and knows no users: it binds where the configuration says, loopback as a rule. Each process has its
-own: workers of one service that are to be scraped one by one need port 0, or a port each.
+It speaks plain HTTP and knows no users: it binds where the configuration says, loopback as a rule. So that no web page can
+make a browser read it, by a name that suddenly leads here, a listener on loopback answers only who asks by an address or
+for localhost, and `/status` does so everywhere. It names SPIFFE IDs, addresses and serials, so that a listener that others can
+reach tells it to clients on its own machine only: `meshlib status` is run there. Each process has its own: workers of one service
+that are to be scraped one by one need port 0, or a port each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
+import json
 import logging
+import re
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from meshlib.errors import ListenError
 from meshlib.keeper import Keeper
@@ -33,10 +39,18 @@ MOST: Final = 32  # connections at once
 class MetricsListener:
     """Serves the text of `render` at an address "host:port" or "[v6]:port". Port 0 takes a free one: see `port`."""
 
-    def __init__(self, address: str, render: Callable[[], str], *, is_ready: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        address: str,
+        render: Callable[[], str],
+        *,
+        is_ready: Callable[[], bool] = lambda: True,
+        status: Callable[[], object] | None = None,
+    ) -> None:
         self.address = address
         self.port: int | None = None
         self._render = render
+        self._status = status
         self._is_ready = is_ready
         self._socket: socket.socket | None = None
         self._server: asyncio.Server | None = None
@@ -111,7 +125,9 @@ class MetricsListener:
         self._open += 1
         try:
             if self._open <= MOST:  # the rest is closed without a word: to read on is what a flood wants
-                writer.write(self._response_to(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LONGEST)))
+                request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LONGEST)
+                is_from_here = _is_from_here(writer.get_extra_info("peername"), writer.get_extra_info("sockname"))
+                writer.write(self._response_to(request, is_from_here=is_from_here))
                 await asyncio.wait_for(writer.drain(), LONGEST)
         except asyncio.LimitOverrunError:
             writer.write(_response(431, "the request is too large\n"))
@@ -123,26 +139,74 @@ class MetricsListener:
                 writer.close()
                 await asyncio.wait_for(writer.wait_closed(), LONGEST)
 
-    def _response_to(self, request: bytes) -> bytes:
-        parts = request.split(b"\r\n", 1)[0].split(b" ")
+    def _response_to(self, request: bytes, *, is_from_here: bool) -> bytes:
+        line, _, head = request.partition(b"\r\n")
+        parts = line.split(b" ")
         if len(parts) != 3 or not parts[2].startswith(b"HTTP/1."):
             return _response(400, "this is not HTTP/1.1\n")
         path = parts[1].split(b"?", 1)[0]
-        if parts[0] != b"GET" or path not in (b"/metrics", b"/healthz"):
-            return _response(404, "GET /metrics or GET /healthz\n")
+        if parts[0] != b"GET" or path not in (b"/metrics", b"/healthz", b"/status"):
+            return _response(404, "GET /metrics, GET /healthz or GET /status\n")
         if path == b"/healthz":
             return _response(200, "ok\n") if self._is_ready() else _response(503, "draining\n")
+        if (path == b"/status" or self._is_loopback) and not self._is_asked_by_address(head):
+            return _response(403, "ask by the address, or as localhost\n")
+        if path == b"/status" and not self._is_loopback and not is_from_here:
+            return _response(403, "the status is told on this machine only: run `meshlib status` here, with --address\n")
         try:
+            if path == b"/status":
+                if self._status is None:
+                    return _response(404, "this process has no status\n")
+                return _response(200, json.dumps(self._status()) + "\n", "application/json")
             text = self._render()
         except Exception:
             logger.exception("the metrics could not be rendered")
             return _response(500, "see the log\n")
         return _response(200, text, OPENMETRICS_TYPE if text.endswith(OPENMETRICS_END) else CONTENT_TYPE)
 
+    @property
+    def _host(self) -> str:
+        return self.address.rpartition(":")[0].removeprefix("[").removesuffix("]").lower()
+
+    @property
+    def _is_loopback(self) -> bool:
+        return self._host == "localhost" or (_is_address(self._host) and ipaddress.ip_address(self._host).is_loopback)
+
+    def _is_asked_by_address(self, head: bytes) -> bool:
+        """Does the request name us by an address, by localhost or by the name that the configuration has, and not for a web page?"""
+        fields = [
+            (name.strip().lower(), value.strip()) for name, _, value in (line.partition(b":") for line in head.split(b"\r\n"))
+        ]
+        if any(name == b"origin" for name, _ in fields):
+            return False
+        hosts = [value.decode("latin-1").lower() for name, value in fields if name == b"host"]
+        if not hosts:
+            return True  # HTTP/1.0, which no browser speaks
+        host = re.sub(r":[0-9]{1,5}\Z", "", hosts[0]).removesuffix(".")
+        host = host.removeprefix("[").removesuffix("]")
+        return len(hosts) == 1 and (host in ("localhost", self._host) or _is_address(host))
+
+
+def _is_from_here(client: Any, own: Any) -> bool:
+    """Does a connection between these two ("peername", "sockname") come from this machine: over loopback, or to an address from itself?"""
+    if not client or not own or not _is_address(client[0]):
+        return False
+    address = ipaddress.ip_address(client[0])
+    return client[0] == own[0] or (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
 
 _REASONS: Final = {
     200: "OK",
     400: "Bad Request",
+    403: "Forbidden",
     404: "Not Found",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",

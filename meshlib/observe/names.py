@@ -185,6 +185,66 @@ SECURE_WOULD_DENY = Metric(
 )
 SECURE_IN_FLIGHT = Metric("meshlib_secure_in_flight", "gauge", "Calls in the application's hands.", _CALLER)
 
+SECURE_PLAIN = Metric(
+    "meshlib_secure_plain_total",
+    "counter",
+    "Calls that came in without TLS, by the address that they came from (the first hundred; then other).",
+    ("client",),
+)
+SECURE_AUTHORIZER = Metric(
+    "meshlib_secure_authorizer_total",
+    "counter",
+    "Questions to the authorizers of CUSTOM rules. Outcome allowed or denied: its answer; timeout, error, full (too many wait) and "
+    "unknown (not registered) deny as well.",
+    ("authorizer", "outcome"),
+)
+
+# ---------------------------------------------------------------------- who is believed
+
+_PROVIDER = ("provider",)
+SECURE_KEYS = Metric(
+    "meshlib_secure_token_keys",
+    "gauge",
+    "Keys in force for the tokens of a provider; with 0 its tokens are refused.",
+    _PROVIDER,
+)
+SECURE_KEYS_AGE = Metric(
+    "meshlib_secure_token_keys_age_seconds",
+    "gauge",
+    "For how long no good answer has confirmed the keys in force. Not for keys that stand in the configuration.",
+    _PROVIDER,
+    "seconds",
+)
+SECURE_KEYS_FAILURES = Metric(
+    "meshlib_secure_token_keys_failures_total",
+    "counter",
+    "Fetches of a provider's keys that failed; of a file, faults that were met.",
+    _PROVIDER,
+)
+_DOMAIN = ("trust_domain",)
+SECURE_BUNDLE_AGE = Metric(
+    "meshlib_secure_bundle_age_seconds",
+    "gauge",
+    "For how long no good answer has confirmed the bundle of another trust domain; before the first, since we began to ask.",
+    _DOMAIN,
+    "seconds",
+)
+SECURE_BUNDLE_FAILURES = Metric(
+    "meshlib_secure_bundle_failures_total",
+    "counter",
+    "Fetches of another trust domain's bundle that failed; of a file, faults that were met.",
+    _DOMAIN,
+)
+IDENTITY_ALARMS = Metric(
+    "meshlib_secure_identity_alarms",
+    "gauge",
+    "1 while something isn't well about our identity. Kind life: near its end and not renewed; expired; clock: set back; withdrawn; "
+    "revocations: a list is out of date; note: a part was left out or is old; federation: a bundle is missing or old.",
+    ("kind",),
+)
+
+ALARM_KINDS: Final = ("life", "expired", "clock", "withdrawn", "revocations", "note", "federation")
+
 # ---------------------------------------------------------------------- the process
 
 IDENTITY_ROTATIONS = Metric("meshlib_secure_rotations_total", "counter", "Certificates taken into use after the first.")
@@ -244,6 +304,13 @@ OBSERVE_INFO = Metric("meshlib_observe_info", "gauge", "What runs here.", ("mesh
 OBSERVE_RELOADS = Metric("meshlib_observe_reloads_total", "counter", "Configurations taken into use after the first.")
 OBSERVE_RELOAD_FAILURES = Metric(
     "meshlib_observe_reload_failures_total", "counter", "Configurations refused; the old one stays in force."
+)
+OBSERVE_ALERTS = Metric(
+    "meshlib_observe_alerts_total",
+    "counter",
+    "What somebody should look at. Kind mtls_lost: an edge that was private is not; new_peer: a caller that was never seen; "
+    "certificate: ours is near its end and nothing renewed it.",
+    ("kind",),
 )
 OBSERVE_JOB_RUNS = Metric("meshlib_observe_job_runs_total", "counter", "Runs of the keeper's jobs.", ("job",))
 OBSERVE_JOB_FAILURES = Metric("meshlib_observe_job_failures_total", "counter", "Runs that failed.", ("job",))

@@ -176,6 +176,9 @@ class Observer:
         with _lock:
             egress = dict(self._egress)
         rates, checker = mesh.outbound.rates, mesh._checker
+        # What a mesh of a test need not have.
+        watch, trust = getattr(mesh, "watch", None), getattr(mesh, "trust", None)
+        federation, keys = (None, None) if trust is None else (trust.federation, trust.keys)
         current = None if identity is None else identity.current
         known: dict[str, Any] | None = None
         if identity is not None:
@@ -192,6 +195,12 @@ class Observer:
             jobs=[(job.name, job.runs, job.failures) for job in mesh.keeper.jobs],
             identity=known,
             egress=egress,
+            plain=[] if watch is None else watch.plain,
+            authorizers=[] if trust is None else trust.authorizers.stats(),
+            keys=[] if keys is None else keys.stats(),
+            bundles=[] if federation is None else federation.stats(),
+            alarms=None if identity is None else frozenset(alarm.kind for alarm in identity.alarms),
+            alerts={} if watch is None else watch.alerts.counts,
             tls={} if identity is None else identity.tls_stats(),
             pools=mesh.outbound.ledger.stats(),
             rates=[] if rates is None else rates.stats(),

@@ -37,6 +37,12 @@ class Readings:
     checks: Sequence[Row] = ()  # of active health checks: service, failing, checks, failures, skipped
     fallbacks: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by service and word
     egress: Mapping[str, int] = field(default_factory=dict)
+    plain: Sequence[Row] = ()  # who comes in without TLS, as they came: client, requests
+    authorizers: Sequence[Row] = ()  # name, outcome, count
+    keys: Sequence[Row] = ()  # for tokens: provider, source, keys, age (-1: none in force), failures
+    bundles: Sequence[Row] = ()  # of other trust domains: trust_domain, age, failures
+    alarms: frozenset[str] | None = None  # the kinds that stand; None without an identity
+    alerts: Mapping[str, int] = field(default_factory=dict)  # by kind
     reloads: int = 0
     reload_failures: int = 0
     mesh: str = ""
@@ -60,6 +66,9 @@ def render(readings: Readings, *, is_openmetrics: bool = False) -> str:
     _checks(text, readings.checks)
     _attempts(text, [row for row in readings.engine if row["endpoint"] and _is_used(row)])
     _inbound(text, readings)
+    _plain(text, readings.plain)
+    text.add(names.SECURE_AUTHORIZER, [((row["name"], row["outcome"]), row["count"]) for row in readings.authorizers])
+    _believed(text, readings)
     return text.end()
 
 
@@ -73,6 +82,7 @@ def _process(text: Text, readings: Readings) -> None:
     text.add(names.OBSERVE_INFO, [((readings.mesh, readings.service, readings.version), 1)])
     text.add(names.OBSERVE_RELOADS, [((), readings.reloads)])
     text.add(names.OBSERVE_RELOAD_FAILURES, [((), readings.reload_failures)])
+    text.add(names.OBSERVE_ALERTS, [((kind,), count) for kind, count in readings.alerts.items()])
     runs, failures = _summed(readings.jobs, 1), _summed(readings.jobs, 2)
     text.add(names.OBSERVE_JOB_RUNS, [((name,), count) for name, count in runs.items()])
     text.add(names.OBSERVE_JOB_FAILURES, [((name,), count) for name, count in failures.items()])
@@ -250,6 +260,29 @@ def _inbound(text: Text, readings: Readings) -> None:
         _merge(rpc, ("grpc", str(row["method"]).removeprefix("/")), row)
     text.add_histograms(names.HTTP_SERVER_DURATION, http)
     text.add_histograms(names.RPC_SERVER_DURATION, rpc)
+
+
+# Addresses with a series of their own: callers choose them.
+MOST_CLIENTS = 100
+
+
+def _plain(text: Text, rows: Sequence[Row]) -> None:
+    samples: list[tuple[Labels, float]] = [((row["client"] or "unknown",), row["requests"]) for row in rows[:MOST_CLIENTS]]
+    if rest := sum(row["requests"] for row in rows[MOST_CLIENTS:]):
+        samples.append((("other",), rest))
+    text.add(names.SECURE_PLAIN, samples)
+
+
+def _believed(text: Text, readings: Readings) -> None:
+    text.add(names.SECURE_KEYS, [((row["provider"],), row["keys"]) for row in readings.keys])
+    # What stands in the configuration needs nobody to confirm it.
+    confirmed = [row for row in readings.keys if row["age"] >= 0 and row["source"] != "inline"]
+    text.add(names.SECURE_KEYS_AGE, [((row["provider"],), float(row["age"])) for row in confirmed])
+    text.add(names.SECURE_KEYS_FAILURES, [((row["provider"],), row["failures"]) for row in readings.keys])
+    text.add(names.SECURE_BUNDLE_AGE, [((row["trust_domain"],), float(row["age"])) for row in readings.bundles])
+    text.add(names.SECURE_BUNDLE_FAILURES, [((row["trust_domain"],), row["failures"]) for row in readings.bundles])
+    if readings.alarms is not None:
+        text.add(names.IDENTITY_ALARMS, [((kind,), int(kind in readings.alarms)) for kind in names.ALARM_KINDS])
 
 
 def _is_used(row: Row) -> bool:

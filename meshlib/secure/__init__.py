@@ -11,29 +11,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .alarms import Alarm
     from .ca import CertificateAuthority, Issued
     from .dev import DEV_TRUST_DOMAIN
+    from .federation import Federation
+    from .files import Secret
     from .folder import FolderSource
-    from .identity import Identity, IdentitySource, IdentityStore
+    from .identity import Identity, IdentitySource, IdentityStore, renewal_of
+    from .mounted import MountedSource
+    from .proof import Parts, prove
+    from .sources import identity_source_of
 
 _HOMES = {
+    "Alarm": "alarms",
     "CertificateAuthority": "ca",
     "DEV_TRUST_DOMAIN": "dev",
+    "Federation": "federation",
     "FolderSource": "folder",
     "Identity": "identity",
     "IdentitySource": "identity",
     "IdentityStore": "identity",
     "Issued": "ca",
+    "MountedSource": "mounted",
+    "Parts": "proof",
+    "Secret": "files",
+    "identity_source_of": "sources",
+    "prove": "proof",
+    "renewal_of": "identity",
 }
 
 __all__ = [
     "DEV_TRUST_DOMAIN",
+    "Alarm",
     "CertificateAuthority",
+    "Federation",
     "FolderSource",
     "Identity",
     "IdentitySource",
     "IdentityStore",
     "Issued",
+    "MountedSource",
+    "Parts",
+    "Secret",
+    "identity_source_of",
+    "prove",
+    "renewal_of",
 ]
 
 

@@ -1,9 +1,9 @@
 """What stands in a certificate of the mesh?
 
-The one place that builds and takes apart X.509, by the rules for SPIFFE X.509-SVIDs: a root names its trust domain
-(URI SAN without a path) and may sign certificates, nothing else; a leaf has exactly one URI SAN with a path, is no CA,
-and serves both ends of a connection. Its subject is empty, so its SAN is critical. The DNS name beside the URI is for
-clients that can't compare URIs (gRPC).
+The one place that builds and takes apart X.509, by the rules for SPIFFE X.509-SVIDs: a root and the issuer (the
+intermediate) under it name their trust domain (URI SAN without a path) and may sign certificates and revocations,
+nothing else; a leaf has exactly one URI SAN with a path, is no CA, and serves both ends of a connection. Its subject is
+empty, so its SAN is critical. The DNS name beside the URI is for clients that can't compare URIs (gRPC).
 
 It does not judge peers: that is the native core's. What is checked here is our own certificate, before we stand up
 with it.
@@ -14,12 +14,13 @@ from __future__ import annotations
 import datetime
 import math
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ..errors import IdentityError
@@ -28,10 +29,13 @@ from ..errors import IdentityError
 SKEW: Final = 30.0
 LONGEST_CHAIN: Final = 8
 
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+
 _LABEL: Final = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _SERVICE: Final = re.compile(_LABEL)
 _SEGMENT: Final = re.compile(r"[a-zA-Z0-9._-]+")
 _TRUST_DOMAIN: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_CRL: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----\s*", re.DOTALL)
 _KEY_USES: Final = (
     "digital_signature",
     "content_commitment",
@@ -81,21 +85,33 @@ def new_key() -> ec.EllipticCurvePrivateKey:
 
 
 def new_root(key: ec.EllipticCurvePrivateKey, trust_domain: str, life: float, now: float) -> x509.Certificate:
-    """A self-signed root that may sign leaves of its trust domain and no further CAs."""
+    """A self-signed root, for one level of issuers of its trust domain."""
     serial = x509.random_serial_number()
     # Two roots of one trust domain stand in a bundle during a rotation: their names must differ.
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"meshlib root {serial_text(serial)[:8]}")])
-    return (
-        _builder(name, name, key, serial, life, now)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"spiffe://{trust_domain}")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
+    name = _named("root", serial)
+    return _signing(_builder(name, name, key, serial, life, now), trust_domain, 1).sign(key, hashes.SHA256())
+
+
+def new_issuer(
+    key: ec.EllipticCurvePrivateKey,
+    root: x509.Certificate,
+    root_key: ec.EllipticCurvePrivateKey,
+    trust_domain: str,
+    life: float,
+    now: float,
+    name: x509.Name | None = None,
+) -> x509.Certificate:
+    """An intermediate that signs leaves and revocations, and no further CAs.
+
+    One that is renewed keeps its name and key: so its list of revocations speaks for all that it has ever signed.
+    """
+    serial = x509.random_serial_number()
+    builder = _builder(name or _named("issuer", serial), root.subject, key, serial, life, now)
+    return _signing(builder, trust_domain, 0).add_extension(_authority_key(root), critical=False).sign(root_key, hashes.SHA256())
 
 
 def new_leaf(
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePrivateKey | PublicKey,
     issuer: x509.Certificate,
     issuer_key: ec.EllipticCurvePrivateKey,
     spiffe_id: str,
@@ -113,18 +129,53 @@ def new_leaf(
         .add_extension(_usage("digital_signature"), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=True)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
-                issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-            ),
-            critical=False,
-        )
+        .add_extension(_authority_key(issuer), critical=False)
         .sign(issuer_key, hashes.SHA256())
     )
 
 
-def pem(*certificates: x509.Certificate) -> bytes:
+def new_crl(
+    issuer: x509.Certificate,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    revoked: Iterable[tuple[str, float, str]],
+    life: float,
+    now: float,
+    number: int,
+) -> x509.CertificateRevocationList:
+    """What an issuer has revoked: (serial, time, reason); the next list is due at the end of `life`."""
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(issuer.subject)
+        .last_update(_date(math.floor(now) - SKEW))
+        .next_update(_date(math.floor(now) + math.ceil(life)))
+        .add_extension(_authority_key(issuer), critical=False)
+        .add_extension(x509.CRLNumber(number), critical=False)
+    )
+    for serial, moment, reason in revoked:
+        entry = x509.RevokedCertificateBuilder().serial_number(int(serial, 16)).revocation_date(_date(math.floor(moment)))
+        if reason != "unspecified":  # a list must not say so: the reason is left out
+            entry = entry.add_extension(x509.CRLReason(x509.ReasonFlags(reason)), critical=False)
+        builder = builder.add_revoked_certificate(entry.build())
+    return builder.sign(issuer_key, hashes.SHA256())
+
+
+def pem(*certificates: x509.Certificate | x509.CertificateRevocationList) -> bytes:
     return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
+
+
+def crls_of(text: bytes) -> list[x509.CertificateRevocationList]:
+    """All lists of revocations in a PEM text; ValueError where one is none."""
+    return [x509.load_pem_x509_crl(block) for block in _CRL.findall(text)]
+
+
+def fingerprint_of(certificate: x509.Certificate) -> str:
+    """The SHA-256 of the whole certificate, in hex, as `openssl x509 -fingerprint -sha256` shows it without colons."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def key_id_of(certificate: x509.Certificate) -> str:
+    """What a certificate calls its key: the same for all certificates of one key."""
+    return certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest.hex()
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -212,19 +263,44 @@ def _has_signed(issuer: x509.Certificate, certificate: x509.Certificate) -> bool
     return True
 
 
+def _named(role: str, serial: int) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"meshlib {role} {serial_text(serial)[:8]}")])
+
+
+def _signing(builder: x509.CertificateBuilder, trust_domain: str, path_length: int) -> x509.CertificateBuilder:
+    names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"spiffe://{trust_domain}")])
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+        .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
+        .add_extension(names, critical=False)
+    )
+
+
+def _authority_key(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
+        issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    )
+
+
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, serial: int, life: float, now: float
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey | PublicKey,
+    serial: int,
+    life: float,
+    now: float,
 ) -> x509.CertificateBuilder:
+    public = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else key
     start = math.floor(now)  # certificates count in whole seconds; one start for both ends keeps the life exact
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(public)
         .serial_number(serial)
         .not_valid_before(_date(start - SKEW))
         .not_valid_after(_date(start + math.ceil(life)))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     )
 
 

@@ -17,8 +17,8 @@ from urllib.parse import quote
 from .._native import core
 from ..call import Peer
 from ..errors import MeshError, Refused
-from .door import PEER
-from .way import NO_RETRY, NO_STATUS, PLAIN, PLAIN_TLS, InboundWay, end_deadline, frozen, problem, step_in, step_out
+from .door import PEER, SNI
+from .way import NO_RETRY, NO_STATUS, PLAIN, PLAIN_TLS, InboundWay, end_deadline, frozen, refused, step_in, step_out
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -44,8 +44,8 @@ class MeshASGI:
             await self._beside(kind, scope, receive, send)
             return
         way = self.way
-        if scope.get(GATE) is way.gate and scope["path"] == scope[ENTRY].path:
-            # Wrapped twice, by `mesh.asgi` and by a framework's integration: once is enough, unless the path has changed in between.
+        if scope.get(GATE) is way.gate and _is_as_judged(scope):
+            # Wrapped twice, by `mesh.asgi` and by a framework's integration: once is enough, unless path or method have changed.
             await self.app(scope, receive, send)
             return
         is_http = kind == "http"
@@ -53,8 +53,22 @@ class MeshASGI:
         peer = peer_of(scope)
         headers = scope["headers"]
         kept = frozen(headers)
-        entry = way.enter(method, target_of(scope), headers, peer)
+        client, server = scope.get("client"), scope.get("server")
+        entry = way.enter(
+            method,
+            target_of(scope),
+            headers,
+            peer,
+            client[0] if client else "",
+            port_of(server),
+            sni_of(scope),
+            scope.get("http_version") or "",
+        )
         span = way.span(method, entry, headers, peer)
+        if len(kept) != len(headers) or entry.has_more:
+            # From the list that was judged, and from nothing that came later.
+            kept = way.handed(entry, peer, headers, kept)
+            await way.consent(entry, peer, kept)
         if entry.status:
             if span is not None:
                 span.end(entry.status, None)
@@ -143,6 +157,11 @@ class Exchange:
         return self.status
 
 
+def _is_as_judged(scope: Scope) -> bool:
+    entry: core.Entry = scope[ENTRY]
+    return bool(scope["path"] == entry.path and scope.get("method", "GET") == entry.method)
+
+
 def peer_of(scope: Scope) -> Peer:
     """Who is at the other end, as the server of ours that holds the connection has found; from no header, and from no other server."""
     extensions = scope.get("extensions")
@@ -152,6 +171,21 @@ def peer_of(scope: Scope) -> Peer:
             peer = tls.get(PEER)
             return peer if isinstance(peer, Peer) else PLAIN_TLS
     return PLAIN
+
+
+def port_of(server: Any) -> int:
+    """Our own port, as the scope tells it: a number, for some servers as text, and none for a UNIX socket."""
+    port = server[1] if server else None
+    if isinstance(port, int):
+        return port
+    return int(port) if isinstance(port, str) and port.isascii() and port.isdecimal() and len(port) <= 5 else 0
+
+
+def sni_of(scope: Scope) -> str:
+    """The name that the caller asked TLS for, where a server of ours tells it."""
+    extensions = scope.get("extensions")
+    tls = extensions.get("tls") if extensions else None
+    return tls.get(SNI) or "" if tls else ""
 
 
 def target_of(scope: Scope) -> bytes:
@@ -164,7 +198,7 @@ def target_of(scope: Scope) -> bytes:
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, entry: core.Entry) -> None:
-    body, headers = problem(entry.status, entry.reason)
+    body, headers = refused(entry)
     await send({"type": "http.response.start", "status": entry.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -172,7 +206,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, entry: core.Entry)
 async def _refuse_websocket(scope: Scope, receive: Receive, send: Send, entry: core.Entry) -> None:
     await receive()
     if "websocket.http.response" in (scope.get("extensions") or ()):
-        body, headers = problem(entry.status, entry.reason)
+        body, headers = refused(entry)
         await send({"type": "websocket.http.response.start", "status": entry.status, "headers": headers})
         await send({"type": "websocket.http.response.body", "body": body})
     else:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from ..config import Config
     from ..keeper import Keeper
     from ..observe import Observer
+    from ..observe.edges import Watch
     from ..secure import IdentityStore
+    from ..secure.trust import Trust
 
 log = logging.getLogger("meshlib.server")
 
@@ -61,6 +63,15 @@ REFUSAL: Final = (
 ) + _WORDS
 
 
+# To a caller that does speak TLS, when we have no identity (any more) to speak it with: the fatal alert internal_error.
+ALERT: Final = b"\x15\x03\x03\x00\x02\x02\x50"
+
+
+def refusal_of(first: int) -> bytes:
+    """What a connection gets that `Door.open` refused, in the language that it speaks."""
+    return ALERT if first == HANDSHAKE else REFUSAL
+
+
 class Standing(IntEnum):
     """How far the proof of a connection's peer still goes."""
 
@@ -77,9 +88,13 @@ class Inside(Protocol):
     config: Config
     service: str
     gate: core.Gate
-    identity: IdentityStore | None
     observer: Observer
     keeper: Keeper
+    trust: Trust
+    watch: Watch
+
+    @property
+    def identity(self) -> IdentityStore | None: ...
 
     def start(self) -> object: ...
     def drain(self) -> object: ...
@@ -126,22 +141,29 @@ class Door:
         return self.mode != "enforce"
 
     def open(self, first: int) -> core.TlsConnection | None:
-        """TLS with the newest identity for a connection that must speak it; None if it doesn't try, and gets `REFUSAL`."""
+        """TLS with the newest identity for a connection that must speak it; None if it doesn't try, or if we have none to speak it with:
+        it gets `refusal_of`.
+        """
         store = self._store()
         if first != HANDSHAKE or store is None:
             self.refused += 1
-            log.info("refused a plain connection: this service is in mode enforce")
+            if first == HANDSHAKE:
+                log.warning("refused a TLS connection: this service has no identity (any more); the log says why it is gone")
+            else:
+                log.info("refused a plain connection: this service is in mode enforce")
             return None
         return core.TlsConnection(store.server_tls(self.mode == "enforce"))
 
-    def welcome(self, tls: core.TlsConnection) -> tuple[Peer, dict[str, Any]]:
-        """Who is there, now that the handshake is done: the peer, and the ASGI TLS extension with it."""
+    def welcome(self, tls: core.TlsConnection, address: str = "") -> tuple[Peer, dict[str, Any]]:
+        """Who is there, now that the handshake is done: the peer, and the ASGI TLS extension with it. `address`: where it is."""
         chain = tuple(tls.peer_chain)
         pem, subject, serial = _described(chain)
         self.handshakes += 1
         self.resumed += tls.tls_resumed
         identity = tls.peer
         peer = Peer(identity, True, serial, tls.peer_not_after, chain) if identity else PLAIN_TLS
+        if identity and address:
+            self.mesh.watch.proved(address, identity)
         version, cipher = tls.tls_version or "", tls.tls_cipher or ""
         return peer, {
             # As published (version 0.2 of the extension).
@@ -154,6 +176,7 @@ class Door:
             # As it is going to be: the certificate itself.
             "client_cert": chain[0] if chain else None,
             PEER: peer,
+            SNI: tls.server_name or "",
         }
 
     def fail(self, error: Exception) -> None:
@@ -201,6 +224,7 @@ class Door:
 # The key under which a server of ours hands over the peer: in the TLS extension of ASGI, and in the environ of WSGI. It can't come
 # from a request: keys made of headers look different.
 PEER: Final = "meshlib.peer"
+SNI: Final = "meshlib.sni"
 
 _doors: weakref.WeakKeyDictionary[Inside, Door] = weakref.WeakKeyDictionary()
 _latest: Door | None = None
@@ -223,7 +247,7 @@ def way_into(mesh: Inside) -> InboundWay:
         mesh.start()
         mesh.keeper.start()  # in a forked child, the mesh is started and its thread is not
 
-    return InboundWay(mesh.gate, mesh.observer, door=door_of(mesh), wake=wake)
+    return InboundWay(mesh.gate, mesh.observer, door=door_of(mesh), wake=wake, trust=mesh.trust)
 
 
 def has_latest() -> bool:
@@ -259,10 +283,12 @@ def _described(chain: tuple[bytes, ...]) -> tuple[tuple[str, ...], str | None, s
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import Encoding
 
+    from ..secure.certificates import serial_text
+
     try:
         certificates = [x509.load_der_x509_certificate(der) for der in chain]
         pem = tuple(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
-        return pem, certificates[0].subject.rfc4514_string(), f"{certificates[0].serial_number:x}"
+        return pem, certificates[0].subject.rfc4514_string(), serial_text(certificates[0].serial_number)
     except Exception as error:
         # TLS verified what it needs of a chain; what is beside that may be anything.
         raise PeerIdentityError(

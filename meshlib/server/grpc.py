@@ -17,28 +17,33 @@ our own trust domain only, since grpcio can't tell which root belongs to which d
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import grpc.aio
 
 from meshlib import errors
+from meshlib._native import core
 
 from .grpc_handlers import MeshInterceptor, MeshSyncInterceptor, Reception
 from .way import InboundWay
+
+# Chains of peers whose judgement is remembered, for as long as our own identity is the same.
+CHAINS_KEPT: Final = 1024
 
 __all__ = ["MeshInterceptor", "MeshSyncInterceptor", "add_port", "server_interceptors", "sync_server_interceptors"]
 
 
 def server_interceptors(mesh: Any) -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
     """For `grpc.aio.server(interceptors=...)`."""
-    return [MeshInterceptor(Reception(InboundWay(mesh.gate, mesh.observer), _trust_domain_of(mesh)))]
+    return [MeshInterceptor(_reception_of(mesh))]
 
 
 def sync_server_interceptors(mesh: Any) -> Sequence[grpc.ServerInterceptor[Any, Any]]:
     """For `grpc.server(interceptors=...)`."""
-    return [MeshSyncInterceptor(Reception(InboundWay(mesh.gate, mesh.observer), _trust_domain_of(mesh)))]
+    return [MeshSyncInterceptor(_reception_of(mesh))]
 
 
 def add_port(mesh: Any, server: Any, address: str, *, plain: str | None = None) -> int:
@@ -72,13 +77,23 @@ def _credentials(mesh: Any) -> grpc.ServerCredentials:
     def news() -> Any:
         nonlocal shown
         current = mesh.identity.current if mesh.identity is not None else None
-        if current is None or current is shown:
+        if current is shown:
             return None
-        made = _configuration(current)
+        made = _configuration(current) if current is not None else _nobody()
         shown = current
         return made
 
     return grpc.dynamic_ssl_server_credentials(_configuration(shown), news, require_client_authentication=True)
+
+
+def _nobody() -> Any:
+    """After our identity was withdrawn: a certificate that no peer knows, and a root that has signed for none of them."""
+    from ..secure import certificates
+
+    key = certificates.new_key()
+    root = certificates.new_root(key, "withdrawn.invalid", 3600.0, time.time())
+    pem = certificates.pem(root)
+    return grpc.ssl_server_certificate_configuration([(certificates.key_pem(key), pem)], root_certificates=pem)
 
 
 def _configuration(identity: Any) -> Any:
@@ -101,6 +116,45 @@ def _identity_of(mesh: Any) -> Any:
             hint="Its certificate was never loaded: see the log, and `secure.identity` in mesh.yaml.",
         )
     return current
+
+
+def _reception_of(mesh: Any) -> Reception:
+    way = InboundWay(mesh.gate, mesh.observer, trust=mesh.trust)
+    return Reception(way, _trust_domain_of(mesh), is_revoked=_revocation_of(mesh))
+
+
+def _revocation_of(mesh: Any) -> Callable[[bytes], bool]:
+    """Is a certificate of this chain (PEM, the leaf first) revoked by a list of ours? gRPC itself looks at no list."""
+    seen: Any = None
+    known: dict[bytes, bool] = {}
+
+    def is_revoked(chain: bytes) -> bool:
+        nonlocal seen
+        current = mesh.identity.current if mesh.identity is not None else None
+        if current is None or not current.crls:
+            return False
+        if seen is not current or len(known) >= CHAINS_KEPT:
+            known.clear()
+            seen = current
+        found = known.get(chain)
+        if found is None:
+            found = known[chain] = not _is_believed(chain, current)
+        return found
+
+    return is_revoked
+
+
+def _is_believed(chain: bytes, identity: Any) -> bool:
+    """By the very function that judges the handshakes which are ours."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    try:
+        certificates = [found.public_bytes(Encoding.DER) for found in x509.load_pem_x509_certificates(chain)]
+        core.verify_chain(certificates, identity.bundles, "", time.time(), "clients", identity.crls)
+    except (ValueError, errors.MeshError):
+        return False
+    return True
 
 
 def _trust_domain_of(mesh: Any) -> Callable[[], str]:

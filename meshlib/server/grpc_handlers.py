@@ -38,6 +38,7 @@ PEERS_KEPT: Final = 1024
 # The gate's status for a refusal, as gRPC's code and the words for the caller.
 REFUSALS: Final[dict[int, tuple[grpc.StatusCode, str]]] = {
     401: (grpc.StatusCode.UNAUTHENTICATED, "no identity"),
+    429: (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls"),
     403: (grpc.StatusCode.PERMISSION_DENIED, "not allowed"),
     404: (grpc.StatusCode.UNIMPLEMENTED, "no such method"),
     503: (grpc.StatusCode.UNAVAILABLE, "too many calls"),
@@ -51,10 +52,18 @@ OTHERWISE: Final = grpc.StatusCode.UNAVAILABLE, "refused"
 class Reception:
     """The inbound way for gRPC: one for a server."""
 
-    __slots__ = ("_trust_domain", "_wall_clock", "way")
+    __slots__ = ("_is_revoked", "_trust_domain", "_wall_clock", "way")
 
-    def __init__(self, way: InboundWay, trust_domain: Callable[[], str], wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        way: InboundWay,
+        trust_domain: Callable[[], str],
+        wall_clock: Callable[[], float] = time.time,
+        *,
+        is_revoked: Callable[[bytes], bool] | None = None,
+    ) -> None:
         self.way = way
+        self._is_revoked = is_revoked
         self._trust_domain = trust_domain
         self._wall_clock = wall_clock
 
@@ -65,20 +74,23 @@ class Reception:
         peer = self.peer_of(context.auth_context())
         left = context.time_remaining()
         end = None if left is None or left > FOREVER else now + left
-        entry = way.gate.begin_grpc(method, peer.spiffe_id or None, peer.is_tls, now, end)
-        layer, carriers = _read_metadata(context.invocation_metadata())
+        metadata = context.invocation_metadata()
+        # All of it: the gate knows what the policy asks about, by the same plan with which it judges.
+        entry = way.gate.begin_grpc(
+            method, peer.spiffe_id or None, peer.is_tls, now, end, metadata, way.wall_clock(), address_of(context.peer())
+        )
+        headers = fields_of(metadata) if entry.custom else []
+        layer, carriers = _read_metadata(metadata)
         span = None
         if way.observer is not None:
             span = way.observer.server_span("POST", entry.route, carriers, peer.spiffe_id, rpc=method)
         if not entry.status:
-            return Visit(way, entry, span, None, peer, layer)
-        log.info(
-            "refused with %d %s: %s from %s: %s", entry.status, entry.reason, shown(method), shown(peer.spiffe_id), entry.detail
-        )
+            return Visit(way, entry, span, None, peer, layer, headers)
+        way.told(entry, "POST", method.encode("latin-1", "replace"), peer)
         refused = refusal(entry)
         if span is not None:
             span.end(entry.status, _Ended(refused[0]))
-        return Visit(way, entry, None, refused, peer, layer)
+        return Visit(way, entry, None, refused, peer, layer, headers)
 
     def peer_of(self, auth: Any) -> Peer:
         """Who is at the other end of the connection. A certificate that proves nothing to us leaves a caller without identity."""
@@ -89,6 +101,8 @@ class Reception:
             return PLAIN_TLS
         peer = _read(names[0], certificates[0])
         if peer is None or peer.trust_domain != self._trust_domain() or peer.not_after <= self._wall_clock():
+            return PLAIN_TLS
+        if self._is_revoked is not None and self._is_revoked((auth.get("x509_pem_cert_chain") or certificates)[0]):
             return PLAIN_TLS
         return peer
 
@@ -132,6 +146,21 @@ def _read_metadata(metadata: Any) -> tuple[int, list[tuple[bytes, bytes]]]:
     return layer, carriers
 
 
+def fields_of(metadata: Any) -> list[tuple[bytes, bytes]]:
+    """Metadata as HTTP has them."""
+    return [
+        (key.encode(), value.encode("latin-1", "replace") if isinstance(value, str) else value) for key, value in metadata or ()
+    ]
+
+
+def address_of(peer: str) -> str:
+    """`ipv4:127.0.0.1:50051`, `ipv6:%5B::1%5D:50051`: the address alone; "" for a socket without one."""
+    kind, _, rest = peer.partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return ""
+    return rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
+
+
 def _attempt(value: Any) -> int:
     """What can't be read counts as a retry: then we don't retry too."""
     return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 4 else 1
@@ -140,10 +169,17 @@ def _attempt(value: Any) -> int:
 class Visit:
     """One call inside: what its handler sees by context variables, and what is noted at its end."""
 
-    __slots__ = ("_entry", "_layer", "_peer", "_span", "_tokens", "_way", "refusal")
+    __slots__ = ("_entry", "_headers", "_layer", "_peer", "_span", "_tokens", "_way", "refusal")
 
     def __init__(
-        self, way: InboundWay, entry: core.Entry, span: Any, refusal: tuple[grpc.StatusCode, str] | None, peer: Peer, layer: int
+        self,
+        way: InboundWay,
+        entry: core.Entry,
+        span: Any,
+        refusal: tuple[grpc.StatusCode, str] | None,
+        peer: Peer,
+        layer: int,
+        headers: list[tuple[bytes, bytes]],
     ) -> None:
         self._way = way
         self._entry = entry
@@ -151,7 +187,23 @@ class Visit:
         self._peer = peer
         self._layer = layer
         self._tokens: Any = None
+        self._headers = headers
         self.refusal = refusal
+
+    async def consult(self) -> None:
+        """Ask the authorizer of a CUSTOM rule, if there is one; its no is a refusal."""
+        if self.refusal is None and self._entry.custom and not await self._way.consent(self._entry, self._peer, self._headers):
+            self._refused()
+
+    def consult_blocking(self) -> None:
+        """The same for threads."""
+        if self.refusal is None and self._entry.custom and not self._way.consent_blocking(self._entry, self._peer, self._headers):
+            self._refused()
+
+    def _refused(self) -> None:
+        self.refusal = refusal(self._entry)
+        if self._span is not None:
+            self._span.end(self._entry.status, _Ended(self.refusal[0]))
 
     def begin(self) -> None:
         """Set the context of the handler."""
@@ -248,6 +300,7 @@ class _Passage:
 
     async def respond_aio(self, request: Any, context: Any) -> Any:
         visit = self._reception.enter(self._method, context)
+        await visit.consult()
         if visit.refusal is not None:
             await context.abort(*visit.refusal)
         try:
@@ -261,6 +314,7 @@ class _Passage:
 
     async def stream_aio(self, request: Any, context: Any) -> Any:
         visit = self._reception.enter(self._method, context)
+        await visit.consult()
         if visit.refusal is not None:
             await context.abort(*visit.refusal)
         try:
@@ -280,6 +334,7 @@ class _Passage:
 
     def respond(self, request: Any, context: Any) -> Any:
         visit = self._reception.enter(self._method, context)
+        visit.consult_blocking()
         if visit.refusal is not None:
             context.abort(*visit.refusal)
         try:
@@ -293,6 +348,7 @@ class _Passage:
 
     def stream(self, request: Any, context: Any) -> Any:
         visit = self._reception.enter(self._method, context)
+        visit.consult_blocking()
         if visit.refusal is not None:
             context.abort(*visit.refusal)
         try:

@@ -40,7 +40,7 @@ from .._native import core
 from ..call import Peer
 from ..errors import MeshError
 from . import door as doors
-from .door import HEAD, PATIENCE, PEER, REFUSAL, Door, Standing
+from .door import HEAD, PATIENCE, PEER, SNI, Door, Standing, refusal_of
 from .way import PLAIN, problem
 
 # Bytes of ciphertext read at once: some records, so that a large body takes few system calls.
@@ -57,13 +57,14 @@ class MeshSocket:
     """A connection as gunicorn uses a socket. TLS or plain is decided by its first byte; `peer` is known when the handshake is done."""
 
     __slots__ = (
-        *("_door", "_handshake", "_is_broken", "_is_over", "_is_settled", "_plain", "_searched", "_socket", "_tls"),
+        *("_address", "_door", "_handshake", "_is_broken", "_is_over", "_is_settled", "_plain", "_searched", "_socket", "_tls"),
         *("_until", "environ", "is_refused", "peer"),
     )
 
-    def __init__(self, sock: socket.socket, door: Door) -> None:
+    def __init__(self, sock: socket.socket, door: Door, address: str = "") -> None:
         self._socket = sock
         self._door = door
+        self._address = address
         self._tls: core.TlsConnection | None = None
         # TLS before the handshake is done.
         self._handshake: core.TlsConnection | None = None
@@ -239,15 +240,15 @@ class MeshSocket:
             door.fail(error)
             raise self._fall(f"the TLS handshake failed: {error}") from error
         if self._handshake is None:
-            self._answer(REFUSAL)
-            raise self._fall("plain text at a port for mutual TLS")
+            self._answer(refusal_of(first[0]))
+            raise self._fall("nothing to speak mutual TLS with, on one of the two sides")
         self.await_head()
         return True
 
     def _settle(self, tls: core.TlsConnection) -> None:
         """The handshake is done."""
         try:
-            self.peer, extension = self._door.welcome(tls)
+            self.peer, extension = self._door.welcome(tls, self._address)
         except MeshError as error:
             self._door.fail(error)
             raise self._broken(error) from error
@@ -385,6 +386,7 @@ def _environ(peer: Peer, extension: dict[str, Any], tls: core.TlsConnection) -> 
     """What each request's environ says of its connection: the peer, and the keys that mod_ssl made customary."""
     found: dict[str, Any] = {
         PEER: peer,
+        SNI: tls.server_name or "",
         "wsgi.url_scheme": "https",
         "HTTPS": "on",
         "SSL_PROTOCOL": tls.tls_version or "",
@@ -410,7 +412,8 @@ class _Listener:
 
     def accept(self) -> tuple[MeshSocket, Any]:
         sock, address = self._listener.accept()
-        return MeshSocket(sock, self._door), address
+        # Of a UNIX socket there is none.
+        return MeshSocket(sock, self._door, str(address[0]) if isinstance(address, tuple) else ""), address
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._listener, name)

@@ -9,6 +9,9 @@ Told by what the protocols have: httptools' callbacks (`on_message_begin`, `on_h
 and `url`; h11's `handle_events` with `conn`. These names have no underscore and are no documented interface of uvicorn either. A
 protocol with neither is taken as it is.
 
+h11 also takes lines that end in a bare LF, and lines that continue the one before, for what they might mean; another reader of the same
+bytes may read another head. Such a head is refused.
+
 It sets no limit to bodies, and complete heads are the gate's to judge.
 """
 
@@ -119,6 +122,19 @@ class _HttpTools(_Bounded):
         super().on_message_complete()
 
 
+def is_sound(head: bytes) -> bool:
+    """Does each line of this head end in CR LF, and does none continue the one before? h11 takes both for what they might mean.
+
+    What stands behind the head is not looked at. An incomplete head is sound as far as it goes.
+    """
+    end = head.find(b"\r\n\r\n")
+    bare = head.find(b"\n\n")
+    if bare >= 0 and (end < 0 or bare < end):
+        return False
+    head = head if end < 0 else head[:end]
+    return head.count(b"\n") == head.count(b"\r\n") and b"\n " not in head and b"\n\t" not in head
+
+
 class _H11(_Bounded):
     # The number of bytes is limited by h11.
 
@@ -129,6 +145,9 @@ class _H11(_Bounded):
     def handle_events(self) -> None:
         from h11 import IDLE
 
+        if self.conn.their_state is IDLE and not is_sound(self.conn.trailing_data[0]):
+            self.send_400_response("A line of the head ends without a carriage return, or continues the one before.")
+            return
         super().handle_events()
         if self.conn.their_state is not IDLE:
             self._rest()

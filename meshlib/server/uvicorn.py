@@ -32,7 +32,7 @@ from uvicorn.server import ServerState
 from .._native import core
 from ..errors import MeshError
 from . import door as doors
-from .door import PATIENCE, REFUSAL, Door, Standing
+from .door import PATIENCE, Door, Standing, refusal_of
 from .head import bounded
 from .way import problem
 
@@ -93,7 +93,7 @@ class MeshHTTP(asyncio.Protocol):
             transport.abort()
             return
         if tls is None:
-            transport.write(REFUSAL)
+            transport.write(refusal_of(data[0]))
             transport.close()
             return
         self._state.connections.discard(self)
@@ -214,7 +214,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
         try:
-            _, extension = self._door.welcome(self._tls)
+            _, extension = self._door.welcome(self._tls, _address_of(self._below))
         except MeshError as error:
             self._break(error)
             return
@@ -407,6 +407,12 @@ class _Stamped:
             send = _Closing(send)
         done: Awaitable[None] = self._app(scope, receive, send)
         return done
+
+
+def _address_of(transport: asyncio.Transport | None) -> str:
+    """Of the other end; "" where there is none, such as at a UNIX socket."""
+    name = transport.get_extra_info("peername") if transport is not None else None
+    return str(name[0]) if isinstance(name, tuple) else ""
 
 
 def _good() -> Standing:

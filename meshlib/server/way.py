@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
+import uuid
 import weakref
 from collections.abc import Callable
 from contextvars import Token
@@ -25,6 +27,8 @@ from ..call import HEADER_NO_RETRY, Peer, current_deadline, current_entry, curre
 from ..errors import ListenError
 
 if TYPE_CHECKING:
+    from ..secure.custom import Inquiry
+    from ..secure.trust import Trust
     from .door import Door
 
 log = logging.getLogger("meshlib.server")
@@ -47,7 +51,7 @@ class InboundWay:
     (again after a fork): what a parent started does not live in its child.
     """
 
-    __slots__ = ("__weakref__", "_is_asleep", "clock", "door", "gate", "observer", "wake")
+    __slots__ = ("__weakref__", "_is_asleep", "clock", "door", "gate", "observer", "trust", "wake", "wall_clock")
 
     def __init__(
         self,
@@ -57,8 +61,12 @@ class InboundWay:
         *,
         door: Door | None = None,
         wake: Callable[[], object] | None = None,
+        trust: Trust | None = None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.gate = gate
+        self.trust = trust
+        self.wall_clock = wall_clock
         self.observer = observer
         self.clock = clock
         self.door = door
@@ -66,10 +74,22 @@ class InboundWay:
         self._is_asleep = wake is not None
         _ways.add(self)
 
-    def enter(self, method: str, target: bytes, headers: Headers, peer: Peer) -> core.Entry:
+    def enter(
+        self,
+        method: str,
+        target: bytes,
+        headers: Headers,
+        peer: Peer,
+        source: str = "",
+        port: int = 0,
+        sni: str = "",
+        version: str = "",
+    ) -> core.Entry:
         """Take one call in. If `status` of the answer is not 0, the call is refused and over; otherwise it must `leave`, once.
 
-        `target` is the path as it came over the wire, with or without its query; `headers` is the whole list.
+        `target` is the path as it came over the wire, with its query; `headers` is the whole list; `source` the address at the other
+        end, `port` our own, `version` that of HTTP, "" and 0 where the server doesn't tell. Where the answer `has_more`, it goes on
+        with `consent` and `handed`.
         """
         if self._is_asleep:
             try:
@@ -79,16 +99,54 @@ class InboundWay:
                 log.warning("%s", error)
         # observe: the time starts here, and the gate counts what it refuses.
         now = self.clock()
-        # secure: the one canonical path, sound headers, who may do this; the identity is the connection's.
+        # secure: the one canonical path, sound headers, a token, who may do this; the identity is the connection's.
         # admit: time left, and room for one more.
         # route: the label under which the call is counted.
-        entry = self.gate.begin(method, target, headers, peer.spiffe_id, peer.is_tls, now)
-        if entry.status and log.isEnabledFor(logging.INFO):
+        entry = self.gate.begin(
+            method, target, headers, peer.spiffe_id, peer.is_tls, now, None, self.wall_clock(), source, port, sni, version
+        )
+        if entry.status:
+            self.told(entry, method, target, peer)
+        return entry
+
+    def told(self, entry: core.Entry, method: str, target: bytes, peer: Peer) -> None:
+        """A refusal: into the log, and to whoever can do something about it."""
+        if self.trust is not None and self.trust.keys is not None and (provider := entry.wants_keys):
+            self.trust.keys.nudge(provider)
+        if log.isEnabledFor(logging.INFO):
             caller = peer.spiffe_id or "a caller without identity"
             # The query may hold what is nobody's to read: it never gets into a log.
             path = shown(target.split(b"?", 1)[0].split(b"#", 1)[0])
             log.info("%d %s: %s %s by %s: %s", entry.status, entry.reason, shown(method), path, shown(caller), entry.detail)
-        return entry
+
+    def handed(self, entry: core.Entry, peer: Peer, headers: Headers, kept: Headers) -> Headers:
+        """The headers for the handler of an entry that `has_more`: `kept`, with what the policy takes out or puts in."""
+        from .trusted import handed
+
+        return handed(entry, peer, headers, kept)
+
+    async def consent(self, entry: core.Entry, peer: Peer, headers: Headers) -> bool:
+        """secure: ask the authorizer that a CUSTOM rule names. False: the call is refused and over. No answer is a no."""
+        name = entry.custom
+        if not name:
+            return True
+        if self.trust is not None and await self.trust.authorizers.ask(name, inquiry(entry, peer, headers)):
+            return True
+        return self._vetoed(entry, peer)
+
+    def consent_blocking(self, entry: core.Entry, peer: Peer, headers: Headers) -> bool:
+        """The same for threads."""
+        name = entry.custom
+        if not name:
+            return True
+        if self.trust is not None and self.trust.authorizers.ask_blocking(name, inquiry(entry, peer, headers)):
+            return True
+        return self._vetoed(entry, peer)
+
+    def _vetoed(self, entry: core.Entry, peer: Peer) -> bool:
+        entry.veto()
+        self.told(entry, entry.method, entry.raw_path, peer)
+        return False
 
     def span(self, method: str, entry: core.Entry, headers: Headers, peer: Peer) -> Any | None:
         """observe: the call's place in its trace, begun; to be ended with `end(status, error)`. None where nobody observes."""
@@ -113,6 +171,22 @@ class InboundWay:
 
     def sleep(self) -> None:
         self._is_asleep = self.wake is not None
+
+
+def inquiry(entry: core.Entry, peer: Peer, headers: Headers) -> Inquiry:
+    """What an authorizer is asked."""
+    from ..secure.custom import Inquiry
+
+    said = entry.claims
+    return Inquiry(
+        method=entry.method,
+        path=entry.path,
+        host=next((value.decode("latin-1") for name, value in headers if name == b"host"), ""),
+        peer=peer,
+        headers=tuple(headers),
+        claims=None if said is None else json.loads(said),
+        client=entry.client,
+    )
 
 
 # handle: what a handler and its outgoing calls see of the call that they serve.
@@ -148,11 +222,12 @@ def end_deadline() -> None:
         current_deadline.set(None)
 
 
-# secure: headers that say who somebody is, or what another proxy found out, count only over connections that are trusted to set them.
-# There is no such trust in the configuration, so they never get in. Names with an underscore are the same name to a WSGI application.
-# The mesh's own are read here, and are for nobody else.
+# secure: headers that say who somebody is, or what another proxy found out, count only over connections that are trusted to set them,
+# and then `trusted.py` puts them back. Names with an underscore are the same name to a WSGI application. The mesh's own are read
+# here, and are for nobody else.
 _IDENTITY: Final = frozenset(
     {
+        *(b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto", b"x-real-ip"),
         *(b"client-cert", b"client-cert-chain", b"x-spiffe-id", b"remote-user", b"x-remote-user", b"x-forwarded-user"),
         *(b"x-forwarded-prefix", b"x-forwarded-uri", b"x-forwarded-method"),
         # A framework that obeys them runs another method than the one that was authorised.
@@ -171,13 +246,23 @@ _FAMILIES: Final = (
 NO_RETRY: Final = (HEADER_NO_RETRY.encode(), b"1")
 
 
+# Of these the value decides.
+REQUEST_ID: Final = b"x-request-id"
+RANGE: Final = b"range"
+_JUDGED: Final = frozenset({REQUEST_ID, RANGE})
+# A longer one, or one of more parts, is meant to cost more than it says; a server may ignore it (RFC 9110 section 14.2).
+_LONGEST_RANGE: Final = 1024
+_MOST_RANGES: Final = 32
+_WORD: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~+/=:"
+
+
 class _Names(dict[bytes, bool]):
     """Does a header of this (lower-case) name get in? Answers are remembered; the table is bounded, since callers choose the names."""
 
     def __missing__(self, name: bytes) -> bool:
         # Servers hand out lower case; one that does not must not open a gap.
         plain = name.lower()
-        gets_in = plain not in _IDENTITY and not plain.startswith(_FAMILIES) and b"_" not in plain
+        gets_in = plain not in _IDENTITY and not plain.startswith(_FAMILIES) and b"_" not in plain and plain not in _JUDGED
         if len(self) < 1024:
             self[name] = gets_in
         return gets_in
@@ -191,7 +276,22 @@ def frozen(headers: Headers) -> Headers:
 
     Headers are frozen when authorised: nothing that is done to the server's list later shows in this one.
     """
-    return [pair for pair in headers if gets_in[pair[0]]]
+    kept = [pair for pair in headers if gets_in[pair[0]]]
+    if len(kept) != len(headers):
+        kept += [pair for pair in headers if pair[0] == RANGE and _is_modest(pair[1])]
+        ids = [value for name, value in headers if name == REQUEST_ID]
+        if ids:
+            # It ends up in logs and in other systems: one that isn't a plain word, or stands twice, is replaced.
+            kept.append((REQUEST_ID, ids[0] if len(ids) == 1 and _is_word(ids[0]) else uuid.uuid4().hex.encode()))
+    return kept
+
+
+def _is_modest(value: bytes) -> bool:
+    return len(value) <= _LONGEST_RANGE and value.count(b",") < _MOST_RANGES
+
+
+def _is_word(value: bytes) -> bool:
+    return 0 < len(value) <= 128 and value.translate(None, _WORD) == b""
 
 
 # What a caller is told who is refused: which kind of refusal, and nothing about rules. RFC 9457. Who runs the service has the log.
@@ -200,11 +300,15 @@ _TITLES: Final = {
     "secure.path": "The path is not acceptable",
     "secure.method": "The method is not acceptable",
     "secure.headers": "The headers are not acceptable",
+    "secure.redirect": "The path has a canonical form",
     "secure.no_identity": "An identity is required",
+    "secure.jwt": "A good token is required",
+    "secure.custom": "Not allowed",
     "secure.proof_ended": "The proof of identity has ended",
     "secure.denied": "Not allowed",
     "deadline.exceeded": "The time for this call is spent",
     "admit.limit": "The service is busy",
+    "admit.rate": "Too many calls",
 }
 _problems: dict[tuple[int, str], tuple[bytes, Headers]] = {}
 
@@ -225,11 +329,21 @@ def problem(status: int, reason: str) -> tuple[bytes, Headers]:
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers.append((b"retry-after", b"1"))
         elif status == HTTPStatus.UNAUTHORIZED:
-            headers.append((b"www-authenticate", b"mTLS"))
+            headers.append((b"www-authenticate", b"Bearer" if reason == "secure.jwt" else b"mTLS"))
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers.append((b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))
         known = _problems[status, reason] = body, headers
     return known
+
+
+def refused(entry: core.Entry) -> tuple[bytes, Headers]:
+    """The same for an entry, with what belongs to it alone: where the canonical path is, or when to come again."""
+    body, headers = problem(entry.status, entry.reason)
+    if location := entry.location:
+        return body, [*headers, (b"location", location.encode("latin-1", "replace"))]
+    if (wait := entry.retry_after) is not None:
+        return body, [*headers, (b"retry-after", b"%d" % max(1, math.ceil(wait)))]
+    return body, headers
 
 
 def shown(text: str | bytes) -> str:

@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 from .._native import core
 from ..call import Peer
-from .door import PEER
-from .way import NO_RETRY, NO_STATUS, PLAIN, PLAIN_TLS, Headers, InboundWay, Tokens, frozen, problem, step_in, step_out
+from .door import PEER, SNI
+from .way import NO_RETRY, NO_STATUS, PLAIN, PLAIN_TLS, Headers, InboundWay, Tokens, frozen, problem, refused, step_in, step_out
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -42,8 +42,8 @@ class MeshWSGI:
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         way = self.way
-        if environ.get(GATE) is way.gate and _whole_path(environ) == environ[ENTRY].path:
-            # Wrapped twice, by `mesh.wsgi` and by a framework's integration: once is enough, unless the path has changed in between.
+        if environ.get(GATE) is way.gate and _is_as_judged(environ):
+            # Wrapped twice, by `mesh.wsgi` and by a framework's integration: once is enough, unless path or method have changed.
             return self.app(environ, start_response)
         method = environ["REQUEST_METHOD"]
         peer = peer_of(environ)
@@ -54,7 +54,19 @@ class MeshWSGI:
             environ.pop("HTTP_PATH_INFO", None)
         headers = headers_of(environ)
         kept = frozen(headers)
-        entry = way.enter(method, target_of(environ), headers, peer)
+        entry = way.enter(
+            method,
+            target_of(environ),
+            headers,
+            peer,
+            environ.get("REMOTE_ADDR") or "",
+            port_of(environ),
+            environ.get(SNI) or "",
+            environ.get("SERVER_PROTOCOL", "").removeprefix("HTTP/"),
+        )
+        if len(kept) != len(headers) or entry.has_more:
+            kept = way.handed(entry, peer, headers, kept)
+            way.consent_blocking(entry, peer, kept)
         status, reason = entry.status, entry.reason
         prefix = environ.get("SCRIPT_NAME", "")
         if not status and prefix and not _is_under(entry.path, prefix):
@@ -65,7 +77,7 @@ class MeshWSGI:
         if status:
             if span is not None:
                 span.end(status, None)
-            return _refuse(method, status, reason, start_response)
+            return _refuse(method, status, refused(entry) if entry.status else problem(status, reason), start_response)
         environ = _frozen_environ(environ, entry, prefix, headers, kept)
         environ[GATE] = way.gate
         exchange = Exchange(way, entry, start_response, span, step_in(peer, entry, entry.deadline, entry.layer))
@@ -162,12 +174,23 @@ class _Closing:
         self._exchange.end(None)
 
 
+def _is_as_judged(environ: Environ) -> bool:
+    entry: core.Entry = environ[ENTRY]
+    return _whole_path(environ) == entry.path and environ["REQUEST_METHOD"] == entry.method
+
+
 def peer_of(environ: Environ) -> Peer:
     """Who is at the other end, as the server of ours that holds the connection has found; from no header, and from no other server."""
     peer = environ.get(PEER)
     if isinstance(peer, Peer):
         return peer
     return PLAIN_TLS if environ.get("wsgi.url_scheme") == "https" else PLAIN
+
+
+def port_of(environ: Environ) -> int:
+    """Our own port, as the server tells it."""
+    port = environ.get("SERVER_PORT") or "0"
+    return int(port) if port.isascii() and port.isdecimal() and len(port) <= 5 else 0
 
 
 def target_of(environ: Environ) -> bytes:
@@ -197,9 +220,10 @@ def _bytes(value: str) -> bytes:
 
 def _frozen_environ(environ: Environ, entry: core.Entry, prefix: str, headers: Headers, kept: Headers) -> Environ:
     fresh = dict(environ)
-    if len(kept) != len(headers):
+    if kept != headers:
         for name in {name for name, _ in headers} - {name for name, _ in kept}:
-            fresh.pop("HTTP_" + name.decode("latin-1").replace("-", "_").upper(), None)
+            fresh.pop(_key(name), None)
+        fresh.update({_key(name): value.decode("latin-1") for name, value in kept if (name, value) not in headers})
     # A WSGI string holds bytes as latin-1.
     fresh["PATH_INFO"] = entry.path.encode().decode("latin-1")[len(prefix) :]
     raw = entry.raw_path.decode()
@@ -210,6 +234,10 @@ def _frozen_environ(environ: Environ, entry: core.Entry, prefix: str, headers: H
             fresh[key] = uri
     fresh[ENTRY] = entry
     return fresh
+
+
+def _key(name: bytes) -> str:
+    return "HTTP_" + name.decode("latin-1").replace("-", "_").upper()
 
 
 def _whole_path_bytes(environ: Environ) -> bytes:
@@ -226,10 +254,10 @@ def _is_under(path: str, prefix: str) -> bool:
     return seen.startswith(prefix) and (len(seen) == len(prefix) or seen[len(prefix)] == "/")
 
 
-def _refuse(method: str, status: int, reason: str, start_response: StartResponse) -> Iterable[bytes]:
+def _refuse(method: str, status: int, told: tuple[bytes, Headers], start_response: StartResponse) -> Iterable[bytes]:
     from http import HTTPStatus
 
-    body, headers = problem(status, reason)
+    body, headers = told
     text = [(name.decode(), value.decode()) for name, value in headers]
     start_response(f"{status} {HTTPStatus(status).phrase}", text)
     return [] if method == "HEAD" else [body]

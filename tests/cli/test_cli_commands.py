@@ -141,6 +141,34 @@ def test_vet_sums_up_a_file_without_mistakes(capsys: pytest.CaptureFixture[str])
     assert "warning: mesh.yaml:6: services.web.secure.mode: permissive" in out
 
 
+def test_vet_tells_whom_the_whole_system_believes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Below the services, as far as it isn't the default; who must bring a token is seen in the row."""
+    text = """\
+    mesh: shop
+    secure:
+      mode: enforce
+      identity: {folder: x}
+      federation: {partner.test: {file: partner.json}}
+      jwt: {auth0: {issuer: https://id.test/, audiences: [shop], jwks: "https://id.test/keys"}}
+      custom: [{from: ["*"], authorizer: opa}]
+    egress: {policy: deny, hosts: [api.test, "*.b.test"], credentials: [{host: api.test, env: API_KEY}]}
+    services:
+      web: {secure: {allow: [{from: ["*"], request_principals: ["*"]}, {from: [web]}]}}
+    """
+    told = {
+        "other trust domains": "partner.test",
+        "tokens of": "auth0",
+        "egress": "denied, but to api.test, *.b.test",
+        "credentials for": "api.test",
+    }
+    assert main(["vet", str(_write(text))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("anyone with a token, web; 1 custom rule")
+    assert lines[3:] == [f"{word}: {value}" for word, value in told.items()]
+    assert main(["vet", "--json", str(_write(text))]) == 0
+    assert json.loads(capsys.readouterr().out)["trust"] == told
+
+
 def test_vet_finds_the_file_like_load_does(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """MESHLIB_CONFIG, then ./mesh.yaml; no service needs to be named."""
     assert main(["vet"]) == 2
@@ -215,7 +243,7 @@ def test_what_init_comments_out_is_right_too() -> None:
     lines = []
     for line in Path("mesh.yaml").read_text().splitlines():
         word = line.strip().removeprefix("# ")
-        is_setting = word.split(":")[0] in ("identity", "deadline", "retry", "inventory", "  discover")
+        is_setting = word.split(":")[0] in ("identity", "egress", "deadline", "retry", "inventory", "  discover")
         lines.append(line.replace("# ", "", 1) if line.strip().startswith("# ") and is_setting else line)
     text = "\n".join(lines).replace("mode: observe ", "mode: enforce ")
     Path("full.yaml").write_text(text)
@@ -223,6 +251,7 @@ def test_what_init_comments_out_is_right_too() -> None:
     assert (config.own.mode, config.own.deadline) == ("enforce", 5.0)
     assert list(config.services) == ["orders", "inventory"]
     assert config.identity_folder == Path.cwd() / "identities"
+    assert (config.egress, config.egress_hosts) == ("deny", ("api.example.com",))
 
 
 def test_init_never_overwrites_unasked(capsys: pytest.CaptureFixture[str]) -> None:

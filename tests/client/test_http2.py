@@ -105,7 +105,7 @@ def test_refused_stream_and_failed_stream_are_told_apart(kind: str) -> None:
                 peer.reset(await peer.asked(), code)
             found = await asyncio.gather(*calls, return_exceptions=True)
             assert [(type(e), e.reason, e.is_written) for e in found if isinstance(e, errors.AttemptFailed)] == [
-                (errors.ConnectionLost, "send.unwritten", False),
+                (errors.ConnectionLost, "send.declined", False),
                 (errors.ConnectionLost, "send.closed", True),
             ]
             assert connection.is_usable()

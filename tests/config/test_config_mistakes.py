@@ -380,7 +380,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
     "rule path with an inner star": (
         HEAD + SERVICES + "    secure: {deny: [{from: [web], paths: ['/a/*/b']}]}  #!\n",
         "services.orders.secure.deny[0].paths[0]",
-        "only stand at the end",
+        "only stand at one end",
         "",
     ),
     "rule path with an escape": (

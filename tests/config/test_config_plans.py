@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from meshlib.config import CheckPolicy, Config, RatePart, RatePolicy, examine, load
+from meshlib.config import CheckPolicy, Config, IdentityChoice, RatePart, RatePolicy, examine, load
 from meshlib.config.defaults import TABLE
 from meshlib.errors import ConfigError
 
@@ -324,22 +324,30 @@ def test_a_call_is_plain_only_if_one_end_observes(own: str, callee: str, is_priv
 def test_the_server_plan_names_the_own_identity_in_every_mode() -> None:
     """Only the outbound plan uses an empty identity to say plain."""
     plan = json.loads(load(GOLDEN / "mesh.yaml", service="legacy").server_plan())
-    assert (plan["mode"], plan["identity"], plan["rules"]) == ("observe", "spiffe://shop.test/ns/prod/sa/legacy", [])
+    assert (plan["mode"], plan["identity"]) == ("observe", "spiffe://shop.test/ns/prod/sa/legacy")
 
 
 def test_who_may_not_get_may_not_head(write: Callable[..., Path]) -> None:
-    """A deny of GET covers HEAD; an allow of GET doesn't."""
+    """What keeps GET out, or asks about it, does so for HEAD; what lets GET in doesn't let HEAD in with it."""
     file = write("""\
         mesh: shop
         secure: {mode: observe}
         services:
           a:
             secure:
-              deny: [{from: ["*"], methods: [GET]}]
-              allow: [{from: ["*"], methods: [GET]}]
+              custom: [{from: ["*"], methods: [GET], authorizer: x}]
+              deny: [{from: ["*"], methods: [GET]}, {from: ["*"], not_methods: [GET]}]
+              allow: [{from: ["*"], methods: [GET]}, {from: ["*"], not_methods: [GET]}, {from: ["*"], not_methods: [GET, HEAD]}]
         """)
     rules = json.loads(load(file).server_plan())["rules"]
-    assert [(rule["action"], rule["methods"]) for rule in rules] == [("deny", ["GET", "HEAD"]), ("allow", ["GET"])]
+    assert [(rule["action"], rule["methods"], rule["not_methods"]) for rule in rules] == [
+        ("custom", ["GET", "HEAD"], []),
+        ("deny", ["GET", "HEAD"], []),
+        ("deny", [], ["GET"]),
+        ("allow", ["GET"], []),
+        ("allow", [], ["GET", "HEAD"]),
+        ("allow", [], ["GET", "HEAD"]),
+    ]
 
 
 def test_a_service_without_routes_has_one_for_everything(write: Callable[..., Path]) -> None:
@@ -385,8 +393,7 @@ def test_the_identity_folder_is_relative_to_the_file(write: Callable[..., Path])
     file = write("mesh: m\nsecure: {mode: enforce, identity: {folder: ./ids}}\nservices: {a: {}}\n")
     config = load(file)
     assert file.parent / "ids" == config.identity_folder
-    assert config.secure.identity is not None
-    assert str(file.parent / "ids") == config.secure.identity.folder
+    assert config.identity_source == IdentityChoice("folder", folder=file.parent / "ids")
     assert (config.trust_domain, config.secure.trust_domain) == ("m.internal", "m.internal")
 
 

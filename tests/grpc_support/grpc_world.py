@@ -72,6 +72,7 @@ class Party:
         self.gate = core.Gate()
         self.gate.publish(self.config.server_plan(), now)
         self.identity: IdentityStore | None = None
+        self.trust = None
         own = self.config.own
         if own.mode != "observe":
             source = FolderSource(self.config.identity_folder, service, self.config.trust_domain, own.identity)

@@ -15,6 +15,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +122,31 @@ def test_connections_are_bounded(listener: MetricsListener, monkeypatch: pytest.
     deadline = time.monotonic() + 10
     while not raw(listener, b"GET /metrics HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 "):
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    ("address", "client", "status"),
+    [
+        ("0.0.0.0:0", ("192.0.2.7", 5), 403),
+        ("0.0.0.0:0", ("127.0.0.1", 5), 200),
+        ("0.0.0.0:0", ("10.0.0.1", 5), 200),
+        ("[::]:0", ("::ffff:127.0.0.1", 5, 0, 0), 200),
+        ("[::]:0", ("::ffff:10.0.0.9", 5, 0, 0), 403),
+        ("0.0.0.0:0", None, 403),
+        ("127.0.0.1:0", ("127.0.0.1", 5), 200),
+    ],
+)
+def test_status_is_told_on_this_machine_only(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, address: str, client: tuple[Any, ...] | None, status: int
+) -> None:
+    """It has SPIFFE IDs, addresses and serials; where others can reach the listener, they get the metrics."""
+    own = ("10.0.0.1", 9464)
+    made = MetricsListener(address, lambda: "", status=lambda: {"mesh": "shop"})
+    judged = exporter._is_from_here
+    monkeypatch.setattr(exporter, "_is_from_here", lambda *_: judged(client, own))
+    made.start(keeper)
+    assert (ask(made, "/status")[0], ask(made, "/metrics")[0]) == (status, 200)
+    made.stop()
 
 
 def test_renderer_that_fails_is_an_answer_and_a_line_in_the_log(keeper: Keeper, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 from meshlib.observe import names
 from meshlib.observe.prometheus import Readings, render
+from meshlib.secure import alarms
 
 BUCKETS = [1, 2, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 3]
 
@@ -106,6 +108,16 @@ FULL = Readings(
     checks=[CHECK],
     fallbacks={("orders", "last_good"): 3, ("guard:ledger", "value"): 8},
     egress={"api.example.com": 4},
+    plain=[{"client": f"10.0.0.{number}", "requests": 1} for number in range(101)],
+    authorizers=[{"name": "opa", "outcome": "timeout", "count": 3}],
+    keys=[
+        {"provider": "people", "source": "url", "keys": 2, "age": 40.5, "failures": 3},
+        {"provider": "late", "source": "url", "keys": 0, "age": -1.0, "failures": 9},
+        {"provider": "fixed", "source": "inline", "keys": 1, "age": 86400.0, "failures": 0},
+    ],
+    bundles=[{"trust_domain": "partner.example", "age": 7.5, "failures": 4}],
+    alarms=frozenset({"life", "federation"}),
+    alerts={"mtls_lost": 2, "new_peer": 0},
     reloads=1,
     reload_failures=2,
     mesh="shop",
@@ -332,6 +344,33 @@ def test_process_without_identity_says_nothing_about_it() -> None:
     text = render(Readings(identity=without))
     assert value(text, "meshlib_secure_rotation_failures_total") == 3
     assert "meshlib_secure_expiry" not in text
+
+
+def test_keys_for_tokens_are_told_by_provider() -> None:
+    """Who has none has no age; keys of the configuration have none either, since they grow old by nobody's fault."""
+    text = render(FULL)
+    assert [value(text, "meshlib_secure_token_keys", provider=name) for name in ("people", "late", "fixed")] == [2, 0, 1]
+    assert value(text, "meshlib_secure_token_keys_failures_total", provider="late") == 9
+    assert value(text, "meshlib_secure_token_keys_age_seconds", provider="people") == 40.5
+    assert text.count("meshlib_secure_token_keys_age_seconds{") == 1
+    assert "token_keys" not in render(Readings())
+
+
+def test_bundles_are_told_by_trust_domain() -> None:
+    """How old, and how often there was no newer one; nothing where nobody is federated."""
+    text = render(FULL)
+    assert value(text, "meshlib_secure_bundle_age_seconds", trust_domain="partner.example") == 7.5
+    assert value(text, "meshlib_secure_bundle_failures_total", trust_domain="partner.example") == 4
+    assert "bundle" not in render(Readings())
+
+
+def test_alarm_is_1_while_it_holds_and_0_otherwise() -> None:
+    """Every kind that an identity can have is there from the start; without an identity there are none."""
+    text = render(FULL)
+    told = {kind: value(text, "meshlib_secure_identity_alarms", kind=kind) for kind in names.ALARM_KINDS}
+    assert told == dict.fromkeys(names.ALARM_KINDS, 0) | {"life": 1, "federation": 1}
+    assert "alarms" not in render(Readings())
+    assert set(re.findall(r'\bAlarm\("(\w+)"', inspect.getsource(alarms))) == set(names.ALARM_KINDS)
 
 
 # ---------------------------------------------------------------------- how it is written

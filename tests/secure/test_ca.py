@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -12,6 +11,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from meshlib.cli import ca as command
 from meshlib.errors import IdentityError, KeyFileError
 from meshlib.secure import CertificateAuthority, Issued, certificates, files
 from meshlib.secure.ca import DAY, LEAF_LIFE
 from meshlib.secure.roots import ACTIVATED, BEGUN, STEADY
+from tests.secure.crashes import is_done
 
 NOW = 1_800_000_000.0
 
@@ -57,12 +57,16 @@ def leaf_of(issued: Issued) -> x509.Certificate:
     return x509.load_pem_x509_certificate(issued.chain)
 
 
+def issuer_in(folder: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((folder / "issuer.pem").read_bytes())
+
+
 def is_accepted(issued: Issued, bundle: bytes, now: float = NOW) -> bool:
     """The verdict of a verifier that isn't ours: cryptography's, for a client certificate."""
     policy = verification.PolicyBuilder().store(verification.Store(roots_of(bundle)))
     verifier = policy.time(datetime.datetime.fromtimestamp(now, datetime.UTC)).build_client_verifier()
     try:
-        verified = verifier.verify(leaf_of(issued), [])
+        verified = verifier.verify(leaf_of(issued), x509.load_pem_x509_certificates(issued.chain)[1:])
     except verification.VerificationError:
         return False
     return x509.UniformResourceIdentifier(issued.spiffe_id) in (verified.subjects or [])
@@ -75,17 +79,29 @@ def mode_of(path: Path) -> int:
 # ---------------------------------------------------------------------------------------------------- certificates
 
 
-def test_root_follows_spiffe(authority: CertificateAuthority) -> None:
-    """A root names its trust domain without a path, is a CA for leaves only, and its key usage is critical."""
+def test_root_and_issuer_follow_spiffe(authority: CertificateAuthority, tmp_path: Path) -> None:
+    """Both name their trust domain without a path; one level of CAs under the root, none under the issuer; critical usage."""
     (root,) = roots_of(authority.bundle)
-    names = root.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    constraints = root.extensions.get_extension_for_class(x509.BasicConstraints)
-    usage = root.extensions.get_extension_for_class(x509.KeyUsage)
-    assert list(names) == [x509.UniformResourceIdentifier("spiffe://shop.internal")]
-    assert (constraints.critical, constraints.value) == (True, x509.BasicConstraints(ca=True, path_length=0))
-    assert usage.critical
-    assert (usage.value.key_cert_sign, usage.value.crl_sign, usage.value.digital_signature) == (True, True, False)
-    root.verify_directly_issued_by(root)
+    issuer = issuer_in(tmp_path / "ca")
+    for certificate, depth in ((root, 1), (issuer, 0)):
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
+        assert list(names) == [x509.UniformResourceIdentifier("spiffe://shop.internal")]
+        assert (constraints.critical, constraints.value) == (True, x509.BasicConstraints(ca=True, path_length=depth))
+        assert usage.critical
+        assert (usage.value.key_cert_sign, usage.value.crl_sign, usage.value.digital_signature) == (True, True, False)
+        certificate.verify_directly_issued_by(root)
+
+
+def test_chain_is_leaf_and_issuer_and_the_bundle_is_roots_only(authority: CertificateAuthority, tmp_path: Path) -> None:
+    """What a service shows leads to the root without it, and what it trusts is never an intermediate."""
+    issued = authority.issue("orders")
+    leaf, issuer = x509.load_pem_x509_certificates(issued.chain)
+    assert issuer == issuer_in(tmp_path / "ca")
+    leaf.verify_directly_issued_by(issuer)
+    (root,) = roots_of(issued.bundle)
+    assert root == x509.load_pem_x509_certificate((tmp_path / "ca" / "root.pem").read_bytes())
 
 
 def test_leaf_follows_spiffe(authority: CertificateAuthority) -> None:
@@ -145,7 +161,7 @@ def test_openssl_accepts_the_leaf(tmp_path: Path) -> None:
     authority.write("orders", tmp_path / "out")
     folder = tmp_path / "out" / "orders"
     for purpose in ("sslclient", "sslserver"):
-        words = ["openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile"]
+        words = ["openssl", "verify", "-x509_strict", "-purpose", purpose, "-untrusted", folder / "svid.pem", "-CAfile"]
         done = subprocess.run([*words, folder / "bundle.pem", folder / "svid.pem"], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, f"{folder / 'svid.pem'}: OK\n"), done.stderr
 
@@ -220,6 +236,10 @@ def test_folder_and_keys_are_private_whatever_the_umask(tmp_path: Path) -> None:
         "ca": 0o700,
         "ca/bundle.pem": 0o644,
         "ca/issued.jsonl": 0o600,
+        "ca/issuer.key": 0o600,
+        "ca/issuer.pem": 0o644,
+        "ca/next-issuer.key": 0o600,
+        "ca/next-issuer.pem": 0o644,
         "ca/next.key": 0o600,
         "ca/next.pem": 0o644,
         "ca/root.key": 0o600,
@@ -316,8 +336,14 @@ def _writable_folder(folder: Path) -> None:
     folder.chmod(0o770)
 
 
+def _mixed_issuer(folder: Path) -> None:
+    CertificateAuthority.create(folder.parent / "other", "shop.internal")
+    for name in ("issuer.key", "issuer.pem"):
+        shutil.copy(folder.parent / "other" / name, folder / name)
+
+
 def _without_key(folder: Path) -> None:
-    (folder / "root.key").unlink()
+    (folder / "issuer.key").unlink()
 
 
 def _without_anything(folder: Path) -> None:
@@ -330,6 +356,7 @@ def _without_anything(folder: Path) -> None:
         (_open_to_group, "chmod 600"),
         (_linked, "symbolic link"),
         (_mixed, "does not belong"),
+        (_mixed_issuer, "was not signed by the root beside it"),
         (_garbled, "no unencrypted EC key"),
         (_garbled_certificate, "no certificate"),
         (_writable_folder, "chmod go-w"),
@@ -449,14 +476,21 @@ def test_rotation_leaves_no_moment_in_which_a_valid_leaf_is_refused(authority: C
     assert len(roots_of(authority.bundle)) == 1
 
 
-def test_rotation_destroys_the_old_key_and_leaves_no_trace_of_the_way(authority: CertificateAuthority, tmp_path: Path) -> None:
-    """After activation no file holds the old key; after the end the folder looks as at the beginning."""
-    names, old = sorted(path.name for path in (tmp_path / "ca").iterdir()), (tmp_path / "ca" / "root.key").read_bytes()
+def test_rotation_destroys_the_old_keys_and_leaves_no_trace_of_the_way(authority: CertificateAuthority, tmp_path: Path) -> None:
+    """The root's after activation, the issuer's (which signs revocations) at the end; then the folder looks as at first."""
+    folder = tmp_path / "ca"
+    names = sorted(path.name for path in folder.iterdir())
+    root, issuer = (folder / "root.key").read_bytes(), (folder / "issuer.key").read_bytes()
     authority.begin_rotation()
     authority.activate_rotation()
-    assert all(path.read_bytes() != old for path in (tmp_path / "ca").iterdir())
+    held = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert (root in held.values(), [name for name, content in held.items() if content == issuer]) == (
+        False,
+        ["previous-issuer.key"],
+    )
     authority.finish_rotation()
-    assert sorted(path.name for path in (tmp_path / "ca").iterdir()) == names
+    assert issuer not in {path.read_bytes() for path in folder.iterdir()}
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_steps_can_only_be_taken_in_order(authority: CertificateAuthority) -> None:
@@ -543,6 +577,70 @@ def test_only_what_we_have_signed_is_issued_anew(authority: CertificateAuthority
     assert (tmp_path / "out" / "web" / "svid.pem").read_bytes() == planted.chain
 
 
+def test_certificate_that_lies_without_its_key_makes_us_vouch_for_nobody(
+    authority: CertificateAuthority, tmp_path: Path, clock: Clock
+) -> None:
+    """Everybody has seen the chain of another service in a handshake: who puts it into their folder gets no key for it."""
+    out = tmp_path / "out"
+    authority.write("orders", out)
+    theirs = authority.sign(certificates.new_key().public_key(), "payments", authority.id_of("payments"), "")
+    before = (out / "orders" / "key.pem").read_bytes()
+    for key in (before, b"", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", None):
+        (out / "orders" / "svid.pem").write_bytes(theirs.chain)
+        (out / "orders" / "key.pem").unlink()
+        if key is not None:
+            files.write(out / "orders", [("key.pem", key, 0o600)])
+        assert authority.reissue(out) == []
+        assert (out / "orders" / "svid.pem").read_bytes() == theirs.chain
+    refused = [(entry["reason"], entry["spiffe_id"]) for entry in authority.issued() if entry["event"] == "refusal"]
+    assert refused == [("renew.unproved", theirs.spiffe_id)]  # once, however often the timer comes by
+
+
+def test_certificate_that_is_not_in_the_log_is_not_issued_anew(authority: CertificateAuthority, tmp_path: Path) -> None:
+    """Signed with our key, and with its own beside it, but never issued: who stole the issuer's key gets nothing on top."""
+    signer = authority._roots.signing.issuer
+    assert signer is not None
+    key = certificates.new_key()
+    forged = certificates.new_leaf(key, signer.certificate, signer.key, authority.id_of("web"), "", DAY, NOW)
+    authority.write("orders", tmp_path / "out")
+    chain = certificates.pem(forged, signer.certificate)
+    files.write(tmp_path / "out" / "orders", [("svid.pem", chain, 0o644), ("key.pem", certificates.key_pem(key), 0o600)])
+    assert authority.reissue(tmp_path / "out") == []
+    assert authority.issued()[-1]["reason"] == "renew.unknown"
+
+
+def _with_a_strange_certificate(where: Path) -> None:
+    (where / "svid.pem").write_bytes(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda where: (where / "svid.pem").write_text("half a file"),
+        _with_a_strange_certificate,
+        lambda where: where.chmod(0o777),
+        lambda where: [(where / "svid.pem").unlink(), (where / "svid.pem").symlink_to("/etc/hostname")],
+    ],
+)
+def test_folder_that_is_spoiled_stops_nothing_in_the_others(
+    authority: CertificateAuthority, tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    """All others are renewed and get roots and revocations; at the end it is told which one failed."""
+    out = tmp_path / "out"
+    for name in ("billing", "orders", "web"):
+        authority.write(name, out)
+    authority.revoke("web")
+    spoil(out / "billing")
+    faults: list[str] = []
+    assert [each.service for each in authority.renew(out, is_forced=True, faults=faults)] == ["orders"]
+    assert authority.publish(out, faults=faults) == [out / "orders", out / "web"]
+    assert (out / "web" / "crl.pem").read_bytes() == authority.crl
+    assert [fault.count(str(out / "billing")) > 0 for fault in faults] == [True, True]
+    for action in (authority.reissue, authority.publish):
+        with pytest.raises(KeyFileError, match="1 of the services' folders could not be served"):
+            action(out)
+
+
 def test_reissue_keeps_the_names_of_the_certificate_whatever_its_folder_is_called(
     authority: CertificateAuthority, tmp_path: Path
 ) -> None:
@@ -553,10 +651,6 @@ def test_reissue_keeps_the_names_of_the_certificate_whatever_its_folder_is_calle
     names = leaf_of(issued).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert (issued.service, issued.spiffe_id) == ("Orders_v1", "spiffe://shop.internal/ns/default/sa/orders")
     assert names.get_values_for_type(x509.DNSName) == ["orders.default.shop.internal"]
-
-
-class Crash(BaseException):
-    """The machine stops."""
 
 
 @pytest.mark.parametrize("step", ["begin", "activate", "finish"])
@@ -573,28 +667,8 @@ def test_crash_in_a_step_leaves_a_ca_that_works_and_can_go_on(
         for earlier in steps[: steps.index(step)]:
             getattr(authority, f"{earlier}_rotation")()
         stage = authority.stage
-        done = 0
-
-        def counted(name: str, left: int = crashes) -> Callable[..., None]:
-            real = getattr(os, name)
-
-            def run(*args: object, **more: object) -> None:
-                nonlocal done
-                if done >= left:
-                    raise Crash
-                done += 1
-                real(*args, **more)
-
-            return run
-
-        with monkeypatch.context() as patch:
-            for name in ("rename", "unlink"):
-                patch.setattr(os, name, counted(name))
-            try:
-                authority.finish_rotation(force=True) if step == "finish" else getattr(authority, f"{step}_rotation")()
-                is_through = True
-            except Crash:
-                is_through = False
+        turn = partial(authority.finish_rotation, force=True) if step == "finish" else getattr(authority, f"{step}_rotation")
+        is_through = is_done(monkeypatch, crashes, turn)
 
         again = CertificateAuthority.open(folder, clock=clock)
         after = {STEADY: BEGUN, BEGUN: ACTIVATED, ACTIVATED: STEADY}[stage]
@@ -611,83 +685,3 @@ def test_crash_in_a_step_leaves_a_ca_that_works_and_can_go_on(
             break
         crashes += 1
     assert crashes >= 3
-
-
-# ---------------------------------------------------------------------------------------------------- commands
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`meshlib ca …`; what it printed."""
-
-    def call(*words: object) -> str:
-        parser = argparse.ArgumentParser()
-        command.add(parser.add_subparsers())
-        assert command.run(parser.parse_args(["ca", *map(str, words)])) == 0
-        return capsys.readouterr().out
-
-    return call
-
-
-def test_commands_lead_from_nothing_to_a_service_with_a_certificate(run: Callable[..., str], tmp_path: Path) -> None:
-    """init says what comes next, issue prints what goes into mesh.yaml, list shows what is out."""
-    folder = tmp_path / "ca"
-    assert f"meshlib ca issue {folder}" in run("init", folder, "--trust-domain", "shop.internal")
-    printed = run("issue", folder, "orders", "web", "--ttl", "24h", "--namespace", "prod")
-    assert f"identity: {{folder: {folder / 'identities'}}}" in printed
-    assert sorted(path.name for path in (folder / "identities" / "orders").iterdir()) == [
-        "bundle.pem", "key.pem", "svid.pem",
-    ]  # fmt: skip
-    listed = json.loads(run("list", folder, "--json"))
-    assert [entry["id"] for entry in listed] == [
-        "spiffe://shop.internal/ns/prod/sa/orders",
-        "spiffe://shop.internal/ns/prod/sa/web",
-    ]
-    assert all(entry["serial"] in printed for entry in listed)
-    assert "(in 24.0 hours)" in run("list", folder)
-
-
-def test_list_shows_the_newest_of_each_service_unless_asked_for_all(run: Callable[..., str], tmp_path: Path) -> None:
-    """A renewed certificate replaces its forerunner in the list."""
-    folder = tmp_path / "ca"
-    run("init", folder, "--trust-domain", "shop.internal")
-    assert "Nothing was issued yet" in run("list", folder)
-    run("issue", folder, "orders", "orders", "web")
-    assert (
-        len(json.loads(run("list", folder, "--json"))),
-        len(json.loads(run("list", folder, "--json", "--all"))),
-    ) == (2, 3)
-
-
-def test_rotate_tells_the_next_step_and_updates_the_services(run: Callable[..., str], tmp_path: Path) -> None:
-    """Without --step it only tells; each step publishes or issues what the next one needs."""
-    folder = tmp_path / "ca"
-    bundle = folder / "identities" / "orders" / "bundle.pem"
-    run("init", folder, "--trust-domain", "shop.internal")
-    run("issue", folder, "orders")
-    old = bundle.read_bytes()
-    assert f"Next: meshlib ca rotate {folder} --step begin" in run("rotate", folder)
-    assert bundle.read_bytes() == old
-    assert "--step activate" in run("rotate", folder, "--step", "begin")
-    assert len(roots_of(bundle.read_bytes())) == 2
-    CertificateAuthority.create(None, "shop.internal").write("stranger", folder / "identities")
-    printed = run("rotate", folder, "--step", "activate")
-    assert ("anew in" in printed, "another CA has signed what is there: stranger." in printed) == (True, True)
-    assert "--step finish" in printed
-    assert "is activated" in run("rotate", folder)
-    run("rotate", folder, "--step", "finish")
-    (root,) = roots_of(bundle.read_bytes())
-    leaf = x509.load_pem_x509_certificate((folder / "identities" / "orders" / "svid.pem").read_bytes())
-    leaf.verify_directly_issued_by(root)
-    assert bundle.read_bytes() != old
-
-
-@pytest.mark.parametrize("text", ["9y", "d", "-1d", "1", "", "1e3s"])
-def test_lengths_of_time_without_a_known_unit_are_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Argparse ends with exit code 2 and names the forms."""
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    with pytest.raises(SystemExit) as stop:
-        parser.parse_args(["ca", "issue", str(tmp_path), "orders", f"--ttl={text}"])
-    assert stop.value.code == 2
-    assert "90d, 24h, 30m" in capsys.readouterr().err

@@ -5,7 +5,6 @@ Every refusal and every mode through the seam that the servers use. The clock is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from meshlib._native import core
 from meshlib.errors import ConfigError
+from tests.support import server_plan, server_rule
 
 TRUST = "spiffe://shop.internal/ns/default/sa/"
 SHOP = TRUST + "storefront"
@@ -33,8 +33,7 @@ def rule(
     paths: Clause = (),
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    clauses = {"from": callers, "methods": methods, "paths": paths}
-    return {"name": name, "action": action, "dry_run": dry_run, **clauses}
+    return server_rule(name, action, callers=callers, methods=methods, paths=paths, dry_run=dry_run)
 
 
 def exact(value: str) -> dict[str, str]:
@@ -53,8 +52,7 @@ SHOP_RULE = rule("shop", callers=[exact(SHOP)], methods=["GET", "POST"], paths=[
 def plan(*rules: dict[str, Any], mode: str = "enforce", **fields: Any) -> bytes:
     template = {"kind": "template", "value": "/orders/{id}"}
     routes = [{"name": "item", "path": template}, {"name": "all", "path": prefix("/")}]
-    policy = {"mode": mode, "paths": "canonical", "in_flight": 100, "rules": rules, "routes": routes}
-    return json.dumps({"service": "orders", "identity": TRUST + "orders", **policy, **fields}).encode()
+    return server_plan(*rules, **{"mode": mode, "in_flight": 100, "routes": routes, **fields})
 
 
 def gate(*rules: dict[str, Any], mode: str = "enforce", **fields: Any) -> core.Gate:
@@ -344,7 +342,7 @@ def test_bad_plan_changes_nothing_and_names_every_mistake() -> None:
     with pytest.raises(ConfigError) as caught:
         at.publish(plan(bad), NOW)
     assert str(caught.value).count('rule "bad"') == 5
-    unknown = [plan(SHOP_RULE, mode="open"), plan(SHOP_RULE | {"when": []}), plan(SHOP_RULE, paths="loose")]
+    unknown = [plan(SHOP_RULE, mode="open"), plan(SHOP_RULE | {"wen": []}), plan(SHOP_RULE, paths="loose")]
     for wrong in [b"", b"{}", *unknown]:
         with pytest.raises(ConfigError):
             at.publish(wrong, NOW)
@@ -388,6 +386,9 @@ def test_record_tells_the_whole_decision() -> None:
         "rule": "",
         "nearest_rule": "shop",
         "dry_run_rule": "",
+        "principal": "",
+        "client": "",
+        "authorizer": "",
         "would_deny": False,
         "status": 403,
         "reason": "secure.denied",

@@ -22,73 +22,22 @@ from cryptography.x509 import oid
 
 from meshlib._native import core
 from meshlib.errors import IdentityError, KeyFileError, MeshError, TrustDomainError
-from meshlib.secure import CertificateAuthority, FolderSource, Identity, IdentityStore, certificates, files
+from meshlib.secure import (
+    CertificateAuthority,
+    FolderSource,
+    Identity,
+    IdentityStore,
+    certificates,
+    files,
+)
 from meshlib.secure.files import Secret
-
-NOW = 1_800_000_000.0
-LIFE = 1000.0
-ID = "spiffe://shop.internal/ns/default/sa/orders"
-
-
-class Clock:
-    """A wall clock that is moved by hand."""
-
-    def __init__(self, now: float = NOW) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Tls:
-    """Stands for the native TLS objects: remembers what it was made of."""
-
-    def __init__(
-        self, chain: bytes, key: bytes, bundles: dict[str, bytes], generation: int, *more: Any, before: Any = None
-    ) -> None:
-        self.chain, self.key, self.bundles, self.generation, self.more = chain, key, bundles, generation, more
-        self.before = before
+from tests.secure.stores import ID, LIFE, NOW, Clock, Tls, handshake, serial_in, store_of
 
 
 @pytest.fixture(autouse=True)
 def _generations_begin_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are counted for the process; each test here is one."""
     monkeypatch.setattr("meshlib.secure.identity._generations", itertools.count(1))
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def authority(clock: Clock) -> CertificateAuthority:
-    return CertificateAuthority.create(None, "shop.internal", clock=clock)
-
-
-@pytest.fixture
-def out(tmp_path: Path, authority: CertificateAuthority) -> Path:
-    """A folder in which `orders` has a good identity."""
-    authority.write("orders", tmp_path / "out", ttl=LIFE)
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def source(out: Path, clock: Clock) -> FolderSource:
-    return FolderSource(out, "orders", "shop.internal", ID, wall_clock=clock)
-
-
-@pytest.fixture
-def store(source: FolderSource, clock: Clock) -> IdentityStore:
-    return store_of(source, clock)
-
-
-def store_of(source: Any, clock: Clock, mode: str = "enforce", **more: Any) -> IdentityStore:
-    return IdentityStore(source, mode=mode, wall_clock=clock, **{"tls_client": Tls, "tls_server": Tls, **more})
-
-
-def serial_in(folder: Path) -> str:
-    return certificates.serial_of(x509.load_pem_x509_certificate((folder / "svid.pem").read_bytes()))
 
 
 # ---------------------------------------------------------------------------------------------------- a good folder
@@ -106,6 +55,8 @@ def test_identity_holds_what_the_folder_says(source: FolderSource, out: Path) ->
         "not_before": NOW - 30,
         "not_after": NOW + LIFE,
         "generation": 0,
+        "crls": {},
+        "notes": (),
     }
     assert identity.trust_domain == "shop.internal"
 
@@ -216,7 +167,7 @@ def cut(name: str) -> Callable[[Path], None]:
 FILE_FAULTS = [
     pytest.param(spoil, text, id=name)
     for name, spoil, text in [
-        ("key readable by group", chmod("key.pem", 0o640), "key.pem may be opened by other users .*0640.*chmod 600"),
+        ("key readable by group and all", chmod("key.pem", 0o644), "key.pem may be opened by other users .*0644.*chmod 600"),
         (
             "key readable by all",
             chmod("key.pem", 0o604),
@@ -750,16 +701,6 @@ def test_forked_child_has_the_identity_and_tls_objects_of_its_own(store: Identit
 
 
 # ---------------------------------------------------------------------------------------------------- on the wire
-
-
-def handshake(server: IdentityStore, client: IdentityStore) -> tuple[str | None, str | None, bool]:
-    """Both peers as each side proved them to the other, and whether a session was resumed; raises if one refuses."""
-    connection, listener = core.HttpConnection(client.client_tls, ID, "server"), core.TlsConnection(server.server_tls(True))
-    flight = connection.open()
-    while flight:
-        _, answer, _ = listener.receive(flight)
-        flight, _ = connection.receive(bytearray(answer), len(answer))
-    return listener.peer, connection.peer, listener.tls_resumed
 
 
 def test_root_is_turned_over_between_two_processes_without_a_refused_handshake(tmp_path: Path) -> None:

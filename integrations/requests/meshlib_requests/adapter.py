@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import requests
 from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 from urllib3 import Timeout
 
 import meshlib
@@ -55,12 +56,39 @@ class MeshAdapter(HTTPAdapter):
         host = urlsplit(request.url or "").hostname or ""
         try:
             if self.mesh.service_of(host) is None:
-                self.mesh.leave(host)
-                return super().send(request, stream, timeout, verify, cert, proxies)
+                return self._send_outside(request, host, stream, timeout, verify, cert, proxies)
             answer = self._transport.handle_request(self._as_httpx(request, stream, timeout))
         except meshlib.MeshError as error:
             raise as_requests_says(error, request) from error.__cause__
         return self.build_response(request, raw_of(answer, request))
+
+    def _send_outside(
+        self,
+        request: requests.PreparedRequest,
+        host: str,
+        stream: bool,
+        timeout: Any,
+        verify: Any,
+        cert: Any,
+        proxies: Mapping[str, str] | None,
+    ) -> requests.Response:
+        # To requests every empty value means that nothing is verified, but only False gets a pool of its own: with another one, a
+        # connection that proved nothing would be there for who asks for proof.
+        verify = verify or False
+        # Another request, since redirects are made from this one: a credential is for its host only.
+        leaving = request.copy()
+        leaving.headers = CaseInsensitiveDict(self._dressed(request, host, is_verified=verify is not False))
+        try:
+            answer = super().send(leaving, stream, timeout, verify, cert, proxies)
+        except requests.RequestException as error:
+            error.request = request
+            raise
+        answer.request = request
+        return answer
+
+    def _dressed(self, request: requests.PreparedRequest, host: str, *, is_verified: bool) -> list[tuple[str, str]]:
+        headers = [(_latin(name).decode("latin-1"), _latin(value).decode("latin-1")) for name, value in request.headers.items()]
+        return self.mesh.leaving(urlsplit(request.url or "").scheme, host, headers, is_verified=is_verified)
 
     def close(self) -> None:
         """Close all idle connections. The adapter can be used again, as requests' own."""

@@ -4,10 +4,14 @@
 //! (a plan is compiled without it and swapped in with it), so that a fork never finds one taken.
 use std::time::Duration;
 
-use mesh_core::server::{Arrival, Entry as CoreEntry, Gate as CoreGate, Headers, Mode, Snapshot};
+use mesh_core::secure::jwt::KeySet;
+use mesh_core::secure::path::profile::{normalized, Normalized};
+use mesh_core::server::{
+    Arrival, Entry as CoreEntry, Gate as CoreGate, GrpcArrival, Headers, Mode, Origin, Snapshot, Version,
+};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
 pyo3::import_exception!(meshlib.errors, ConfigError);
 pyo3::import_exception!(meshlib.errors, Refused);
@@ -15,6 +19,7 @@ pyo3::import_exception!(meshlib.errors, Refused);
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Gate>()?;
     module.add_class::<Entry>()?;
+    module.add_function(wrap_pyfunction!(normalized_path, module)?)?;
     module.add_function(wrap_pyfunction!(canonical_path, module)?)
 }
 
@@ -35,7 +40,28 @@ impl Gate {
         Ok(())
     }
 
-    #[pyo3(signature = (method, target, headers, peer, is_tls, now, deadline = None))]
+    /// The keys of a provider of tokens, as a JWKS; None: none of its tokens is believed. Answers why keys in it are left out.
+    fn keys(&self, py: Python<'_>, provider: &str, jwks: Option<&[u8]>) -> PyResult<Vec<String>> {
+        let Some(jwks) = jwks else {
+            self.0.set_keys(provider, None);
+            return Ok(Vec::new());
+        };
+        let (set, ignored) = py.detach(|| KeySet::parse(jwks)).map_err(ConfigError::new_err)?;
+        self.0.set_keys(provider, Some(set));
+        Ok(ignored)
+    }
+
+    #[getter]
+    fn has_questions(&self) -> bool {
+        self.0.has_questions()
+    }
+
+    #[getter]
+    fn wanted_headers(&self) -> Vec<String> {
+        self.0.wanted_headers().into_iter().map(String::from).collect()
+    }
+
+    #[pyo3(signature = (method, target, headers, peer, is_tls, now, deadline = None, wall = 0.0, source = "", port = 0, sni = "", version = ""))]
     #[expect(clippy::too_many_arguments, reason = "one call across the seam for each request")]
     fn begin(
         &self,
@@ -46,19 +72,86 @@ impl Gate {
         is_tls: bool,
         now: f64,
         deadline: Option<f64>,
+        wall: f64,
+        source: &str,
+        port: u16,
+        sni: &str,
+        version: &str,
     ) -> PyResult<Entry> {
-        let mut fields = Headers::for_target(target);
-        match headers.cast::<PyList>() {
-            Ok(list) => list.iter().try_for_each(|pair| read_field(&mut fields, &pair))?,
-            Err(_) => headers.try_iter()?.try_for_each(|pair| read_field(&mut fields, &pair?))?,
-        }
+        let mut fields = self.0.headers(target);
+        read_fields(&mut fields, headers)?;
+        fields.came_as(Version::named(version));
         let (now, deadline) = (duration(now), deadline.map(duration));
-        Ok(Entry(self.0.begin(&Arrival { method, target, headers: &fields, peer, is_tls, now, deadline })))
+        let origin = Origin { source, port, sni, wall };
+        Ok(Entry(self.0.begin(Arrival { method, target, headers: fields, peer, is_tls, now, deadline, origin })))
     }
 
-    #[pyo3(signature = (method, peer, is_tls, now, deadline = None))]
-    fn begin_grpc(&self, method: &str, peer: Option<&str>, is_tls: bool, now: f64, deadline: Option<f64>) -> Entry {
-        Entry(self.0.begin_grpc(method, peer, is_tls, duration(now), deadline.map(duration)))
+    #[pyo3(signature = (method, peer, is_tls, now, deadline = None, metadata = None, wall = 0.0, source = "", port = 0))]
+    #[expect(clippy::too_many_arguments, reason = "one call across the seam for each request")]
+    fn begin_grpc(
+        &self,
+        method: &str,
+        peer: Option<&str>,
+        is_tls: bool,
+        now: f64,
+        deadline: Option<f64>,
+        metadata: Option<&Bound<'_, PyAny>>,
+        wall: f64,
+        source: &str,
+        port: u16,
+    ) -> PyResult<Entry> {
+        let mut fields = self.0.headers(b"/");
+        if let Some(metadata) = metadata {
+            metadata.try_iter()?.try_for_each(|pair| read_metadatum(&mut fields, &pair?))?;
+        }
+        let (now, deadline) = (duration(now), deadline.map(duration));
+        let origin = Origin { source, port, sni: "", wall };
+        Ok(Entry(self.0.begin_grpc(GrpcArrival { method, headers: fields, peer, is_tls, now, deadline, origin })))
+    }
+
+    /// The calls that were recorded since the last time, and how many found no place.
+    fn traffic<'py>(&self, py: Python<'py>) -> PyResult<(Vec<Bound<'py, PyDict>>, u64)> {
+        let (calls, lost) = self.0.drain_traffic();
+        let rows = calls.into_iter().map(|(call, count)| {
+            let row = PyDict::new(py);
+            row.set_item("peer", call.peer)?;
+            row.set_item("method", call.method)?;
+            row.set_item("path", call.path)?;
+            row.set_item("route", call.route)?;
+            row.set_item("principal", call.principal)?;
+            row.set_item("protocol", if call.is_grpc { "grpc" } else { "http" })?;
+            row.set_item("verdict", if call.is_allowed { "allow" } else { "deny" })?;
+            row.set_item("count", count)?;
+            Ok(row)
+        });
+        Ok((rows.collect::<PyResult<_>>()?, lost))
+    }
+
+    /// Who calls us: a row for each identity, one for all without a certificate, and one for each address without TLS.
+    fn edges<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        let mut rows: Vec<Bound<'py, PyDict>> = Vec::new();
+        let mut add = |peer: &str, is_tls: bool, address: &str, requests: u64, refused: u64, would_deny: u64| {
+            let row = PyDict::new(py);
+            row.set_item("peer", peer)?;
+            row.set_item("is_tls", is_tls)?;
+            row.set_item("address", address)?;
+            row.set_item("requests", requests)?;
+            row.set_item("refused", refused)?;
+            row.set_item("would_deny", would_deny)?;
+            rows.push(row);
+            PyResult::Ok(())
+        };
+        for edge in self.0.edges() {
+            add(&edge.peer, true, "", edge.requests, edge.refused, edge.would_deny)?;
+        }
+        match self.0.anonymous_calls() {
+            0 => {}
+            requests => add("", true, "", requests, 0, 0)?,
+        }
+        for (address, requests) in self.0.plain_callers() {
+            add("", false, &address.map_or(String::new(), |address| address.to_string()), requests, 0, 0)?;
+        }
+        Ok(rows)
     }
 
     fn reset(&self) {
@@ -88,6 +181,24 @@ impl Gate {
         });
         rows.collect()
     }
+}
+
+fn read_fields(fields: &mut Headers, headers: &Bound<'_, PyAny>) -> PyResult<()> {
+    match headers.cast::<PyList>() {
+        Ok(list) => list.iter().try_for_each(|pair| read_field(fields, &pair)),
+        Err(_) => headers.try_iter()?.try_for_each(|pair| read_field(fields, &pair?)),
+    }
+}
+
+/// Metadata of gRPC: its values are text, or bytes where the key ends in `-bin`.
+fn read_metadatum(fields: &mut Headers, pair: &Bound<'_, PyAny>) -> PyResult<()> {
+    let (name, value) = (pair.get_item(0)?, pair.get_item(1)?);
+    let name = name.cast::<PyString>()?.to_str()?;
+    match value.cast::<PyString>() {
+        Ok(text) => fields.field(name.as_bytes(), text.to_string_lossy().as_bytes()),
+        Err(_) => fields.field(name.as_bytes(), value.cast::<PyBytes>()?.as_bytes()),
+    }
+    Ok(())
 }
 
 /// A pair is a tuple of bytes as a rule; ASGI allows any two-item sequence.
@@ -133,6 +244,77 @@ impl Entry {
     }
 
     #[getter]
+    fn has_more(&self) -> bool {
+        self.0.has_more()
+    }
+
+    #[getter]
+    fn identity(&self) -> &str {
+        self.0.identity()
+    }
+
+    /// The authorizer to be asked before the call goes on; "" for none.
+    #[getter]
+    fn custom(&self) -> &str {
+        self.0.authorizer()
+    }
+
+    fn veto(&self) {
+        self.0.veto();
+    }
+
+    /// The payload of a good token; None without one.
+    #[getter]
+    fn claims(&self) -> Option<&str> {
+        self.0.claims().map(|claims| claims.json())
+    }
+
+    #[getter]
+    fn principal(&self) -> &str {
+        self.0.claims().map_or("", |claims| claims.principal())
+    }
+
+    #[getter]
+    fn token_header(&self) -> &str {
+        self.0.token_header()
+    }
+
+    #[getter]
+    fn wants_keys(&self) -> &str {
+        self.0.wants_keys()
+    }
+
+    #[getter]
+    fn client(&self) -> String {
+        self.0.client().map_or(String::new(), |client| client.to_string())
+    }
+
+    #[getter]
+    fn is_from_proxy(&self) -> bool {
+        self.0.is_from_proxy()
+    }
+
+    #[getter]
+    fn is_believed(&self) -> bool {
+        self.0.is_believed()
+    }
+
+    #[getter]
+    fn xfcc(&self) -> &'static str {
+        self.0.xfcc().word()
+    }
+
+    #[getter]
+    fn location(&self) -> &str {
+        self.0.location()
+    }
+
+    #[getter]
+    fn retry_after(&self) -> Option<f64> {
+        self.0.retry_after().map(|wait| wait.as_secs_f64())
+    }
+
+    #[getter]
     fn layer(&self) -> u32 {
         self.0.layer()
     }
@@ -150,6 +332,11 @@ impl Entry {
     #[getter]
     fn detail(&self) -> String {
         self.0.detail()
+    }
+
+    #[getter]
+    fn method(&self) -> &str {
+        self.0.method()
     }
 
     #[getter]
@@ -197,6 +384,9 @@ impl Entry {
         record.set_item("rule", entry.rule())?;
         record.set_item("nearest_rule", entry.nearest_rule())?;
         record.set_item("dry_run_rule", entry.dry_run_rule())?;
+        record.set_item("principal", self.principal())?;
+        record.set_item("client", self.client())?;
+        record.set_item("authorizer", entry.authorizer())?;
         record.set_item("would_deny", entry.would_deny())?;
         record.set_item("status", entry.status())?;
         record.set_item("reason", entry.reason())?;
@@ -224,4 +414,21 @@ fn canonical_path<'py>(py: Python<'py>, target: &[u8], strict: bool) -> PyResult
             Err(PyErr::from_value(py.get_type::<Refused>().call((message,), Some(&fields))?))
         }
     }
+}
+
+/// A path as Istio's `pathNormalization` and Envoy's `path_with_escaped_slashes_action` would have it: `("path", text)`,
+/// `("refused", "400")`, `("redirect", location)` or, for gRPC, `("refused", "INTERNAL")`.
+#[pyfunction]
+#[pyo3(signature = (target, profile = "NONE", escaped_slashes = "KEEP_UNCHANGED", is_grpc = false))]
+fn normalized_path(
+    target: &str,
+    profile: &str,
+    escaped_slashes: &str,
+    is_grpc: bool,
+) -> PyResult<(&'static str, String)> {
+    Ok(match normalized(target, profile, escaped_slashes, is_grpc).map_err(ConfigError::new_err)? {
+        Normalized::Path(text) => ("path", text),
+        Normalized::Redirect(location) => ("redirect", location),
+        Normalized::Refused => ("refused", if is_grpc { "INTERNAL" } else { "400" }.to_owned()),
+    })
 }

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 mod engine;
 mod errors;
 mod gate;
+mod jwt;
 mod wire;
 
 #[pymodule]
@@ -13,5 +14,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("VERSION", env!("CARGO_PKG_VERSION"))?;
     engine::register(module)?;
     gate::register(module)?;
+    jwt::register(module)?;
     wire::register(module)
 }

@@ -16,7 +16,6 @@ mod http;
 mod tls;
 
 use http::HttpConnection;
-use tls::{TlsClient, TlsConnection, TlsServer};
 
 import_exception!(meshlib.errors, ConnectionLost);
 import_exception!(meshlib.errors, IdentityError);
@@ -39,10 +38,8 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("CONVERSE_LATE", blocking::LATE)?;
     module.add("CONVERSE_CLOSED", blocking::CLOSED)?;
     module.add("CONVERSE_INTERRUPTED", blocking::INTERRUPTED)?;
-    module.add_class::<TlsClient>()?;
-    module.add_class::<TlsServer>()?;
     module.add_class::<HttpConnection>()?;
-    module.add_class::<TlsConnection>()?;
+    tls::register(module)?;
     module.add_function(wrap_pyfunction!(parse_spiffe_id, module)?)
 }
 
@@ -103,7 +100,9 @@ pub fn raise(py: Python<'_>, address: &str, error: Error, is_written: bool) -> P
         ErrorKind::TrustDomain => (py.get_type::<TrustDomainError>(), false),
         ErrorKind::PeerIdentity => (py.get_type::<PeerIdentityError>(), true),
         ErrorKind::Tls => (py.get_type::<TlsError>(), true),
-        ErrorKind::Lost | ErrorKind::Stale | ErrorKind::Unprocessed => (py.get_type::<ConnectionLost>(), true),
+        ErrorKind::Lost | ErrorKind::Stale | ErrorKind::Unprocessed | ErrorKind::Declined => {
+            (py.get_type::<ConnectionLost>(), true)
+        }
         ErrorKind::Protocol => (py.get_type::<ProtocolError>(), true),
     };
     let message = if address.is_empty() { error.message.into_owned() } else { format!("{address}: {}", error.message) };
@@ -114,6 +113,7 @@ pub fn raise(py: Python<'_>, address: &str, error: Error, is_written: bool) -> P
         match error.kind {
             ErrorKind::Stale => keywords.set_item("reason", "send.stale")?,
             ErrorKind::Unprocessed => keywords.set_item("reason", "send.unwritten")?,
+            ErrorKind::Declined => keywords.set_item("reason", "send.declined")?,
             _ => {}
         }
         class.call((message,), Some(&keywords))

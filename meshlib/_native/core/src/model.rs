@@ -388,10 +388,12 @@ pub enum Outcome {
     Protocol = 7,
     /// The caller gave up.
     Cancelled = 8,
+    /// The endpoint answers, and says that it did not process this one (REFUSED_STREAM).
+    Declined = 9,
 }
 
 impl Outcome {
-    pub const ALL: [(Outcome, &'static str); 9] = [
+    pub const ALL: [(Outcome, &'static str); 10] = [
         (Outcome::Response, "response"),
         (Outcome::Refused, "refused"),
         (Outcome::Unwritten, "unwritten"),
@@ -401,6 +403,7 @@ impl Outcome {
         (Outcome::Identity, "identity"),
         (Outcome::Protocol, "protocol"),
         (Outcome::Cancelled, "cancelled"),
+        (Outcome::Declined, "declined"),
     ];
 
     pub fn from_code(code: u8) -> Option<Self> {
@@ -451,6 +454,8 @@ pub fn classify(outcome: Outcome, status: u16) -> Class {
         Outcome::Timeout | Outcome::Identity | Outcome::Protocol => Class::Failure,
         // A kept-alive connection that was closed under us is a race of idle timers, not a sick endpoint.
         Outcome::Unwritten | Outcome::Stale | Outcome::Cancelled => Class::Ignored,
+        // As after a 429: it works, and has too much to do.
+        Outcome::Declined => Class::Overload,
     }
 }
 
@@ -463,7 +468,7 @@ mod tests {
         for (place, (outcome, _)) in Outcome::ALL.iter().enumerate() {
             assert_eq!(*outcome as usize, place);
         }
-        assert_eq!(Outcome::from_code(9), None);
+        assert_eq!(Outcome::from_code(10), None);
     }
 
     #[test]

@@ -54,13 +54,14 @@ pub fn judge(
     random: &Random,
     now: Duration,
 ) -> Verdict {
-    use Outcome::{Cancelled, Identity, Protocol, Refused, Reset, Response, Stale, Timeout, Unwritten};
+    use Outcome::{Cancelled, Declined, Identity, Protocol, Refused, Reset, Response, Stale, Timeout, Unwritten};
     let word = match facts.outcome {
         Response if !plan.statuses.contains(&facts.status) => return Verdict::Deliver("answered"),
         Cancelled => return Verdict::Deliver("cancelled by the caller"),
         // 1. Nothing was processed: safe for every method.
         Refused => "no connection",
         Unwritten => "nothing was written",
+        Declined => "the endpoint declined to process it",
         Identity => "wrong identity, so nothing was sent",
         // 2. It may have been processed: only for idempotent calls.
         Stale | Reset | Timeout | Protocol | Response if !facts.is_idempotent => {
@@ -106,7 +107,8 @@ pub fn judge(
 fn condition(outcome: Outcome) -> Option<Condition> {
     match outcome {
         Outcome::Refused => Some(Condition::Connect),
-        Outcome::Unwritten => Some(Condition::RefusedStream),
+        // What is declined is not sent again for nothing: the whole service may be declining.
+        Outcome::Unwritten | Outcome::Declined => Some(Condition::RefusedStream),
         Outcome::Stale | Outcome::Reset => Some(Condition::Reset),
         Outcome::Timeout => Some(Condition::Timeout),
         Outcome::Identity => Some(Condition::Identity),

@@ -9,6 +9,9 @@ pub mod http1_chunked;
 pub mod http1_request;
 pub mod http1_response;
 pub mod http2_client;
+pub mod jwks;
+pub mod jws;
+pub mod rules;
 pub mod spiffe_id;
 pub mod x509_leaf;
 
@@ -113,6 +116,46 @@ mod tests {
         b"'",
         b"\0",
     ];
+    const RULES: &[&[u8]] = &[
+        b"\xff",
+        b"/",
+        b"/admin",
+        b"/{a}",
+        b"/{**}",
+        b"*",
+        b"[a-z]+",
+        b".*",
+        b"|",
+        b"(",
+        b")",
+        b"\\d",
+        b"{2}",
+        b"%2f",
+        b"%5C",
+        b"%2e%2E",
+        b"%61",
+        b"/..",
+        b"//",
+        b"\\",
+        b";a",
+        b"?b",
+        b"#",
+        b"http://",
+        b"orders",
+        b".shop",
+        b":80",
+        b"10.0.0.1",
+        b"::ffff:10.0.0.1",
+        b"/8",
+        b",",
+        b"spiffe://shop.internal/",
+        b"request.headers[",
+        b"]",
+        b"admin",
+        b"\xc3\xa9",
+        b"\xc4\xb0",
+        b"A",
+    ];
     const SPIFFE: &[&[u8]] = &[
         b"spiffe://",
         b"shop.internal",
@@ -162,6 +205,66 @@ mod tests {
         b"\x0b\x00\x00\x00\x03raw",
     ];
 
+    const CLAIMS: &[&[u8]] = &[
+        b"\"iss\":\"https://issuer\",\"aud\":\"orders\",\"exp\":1800000060",
+        b"\"iss\":\"https://issuer\",\"aud\":[\"orders\"],\"exp\":1800000060.5",
+        b"\"iss\":\"shop.internal\"",
+        b",\"sub\":\"ada\"",
+        b",\"sub\":\"spiffe://shop.internal/a\"",
+        b",\"\\u0073ub\":\"eve\"",
+        b",\"aud\":\"other\"",
+        b",\"nbf\":1800000000",
+        b",\"iat\":1799999990",
+        b",\"iat\":1800000031",
+        b",\"exp\":1799999971",
+        b",\"exp\":1e300",
+        b",\"exp\":\"1\"",
+        b",\"a\":[[[{}]]]",
+        b",\"a\":null",
+        b"{",
+        b"}",
+        b"}",
+        b" ",
+        b"\xff",
+    ];
+    const HEADS: &[&[u8]] = &[
+        b"{\"alg\":\"EdDSA\"}",
+        b"{\"alg\":\"EdDSA\",\"kid\":\"k1\",\"typ\":\"JWT\"}",
+        b"{\"alg\":\"EdDSA\",\"kid\":\"k1\",\"crit\":[]}",
+        b"{\"alg\":\"EdDSA\",\"kid\":\"k2\"}",
+        b"{\"alg\":\"ES256\",\"kid\":\"k1\"}",
+        b"{\"alg\":\"none\"}",
+    ];
+    const JWS: &[&[u8]] = &[
+        b"eyJhbGciOiJFZERTQSIsImtpZCI6ImsxIn0",
+        b"eyJhbGciOiJub25lIn0",
+        b"eyJpc3MiOiJodHRwczovL2lzc3VlciJ9",
+        b".",
+        b"..",
+        b"e30",
+        b"AAAA",
+        b"A",
+        b"=",
+        b"\n",
+    ];
+    const JWKS: &[&[u8]] = &[
+        b"{\"keys\":[",
+        b"{\"keys\":[",
+        b"]}",
+        b"]}",
+        b",",
+        b"{\"kty\":\"OKP\",\"crv\":\"Ed25519\",\"x\":\"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\",\"kid\":\"k1\"}",
+        b"{\"kty\":\"OKP\",\"crv\":\"Ed25519\",\"x\":\"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"}",
+        b"{\"kty\":\"OKP\",\"crv\":\"Ed25519\",\"x\":\"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\",\"kid\":\"k2\",\"use\":\"sig\"}",
+        b"{\"kty\":\"OKP\",\"crv\":\"Ed25519\",\"x\":\"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\",\"use\":\"enc\"}",
+        b"{\"kty\":\"OKP\",\"crv\":\"Ed25519\",\"x\":\"AA\",\"kid\":\"k1\",\"d\":\"AA\"}",
+        b"{\"kty\":\"EC\",\"crv\":\"P-256\",\"x\":\"AA\",\"y\":\"AA\"}",
+        b"{\"kty\":\"RSA\",\"n\":\"AQAB\",\"e\":\"AQAB\"}",
+        b"{\"kty\":\"oct\",\"k\":\"AAAA\"}",
+        b"{}",
+        b"[]",
+    ];
+
     /// SplitMix64.
     struct Chance(u64);
 
@@ -190,6 +293,11 @@ mod tests {
                 }
             }
             made
+        }
+
+        /// None to three of the words, whole.
+        fn few(&mut self, words: &[&[u8]], between: &[u8]) -> Vec<u8> {
+            (0..self.below(4)).map(|_| words[self.below(words.len())]).collect::<Vec<_>>().join(between)
         }
     }
 
@@ -253,6 +361,17 @@ mod tests {
     }
 
     #[test]
+    fn rules_and_paths() {
+        let mut chance = Chance(12);
+        // Each compiles dozens of rules.
+        (0..ROUNDS / 10).for_each(|_| {
+            let parts: Vec<Vec<u8>> = (0..5).map(|_| chance.message(&RULES[1..])).collect();
+            rules::check(&parts.join(&0xff));
+            rules::check(&chance.message(RULES));
+        });
+    }
+
+    #[test]
     fn certificates() {
         // Nearly all of them fail at the first byte: DER is the fuzzer's part.
         tried(7, |chance| {
@@ -263,6 +382,28 @@ mod tests {
                 b"\x06\x03\x55\x1d\x11",
                 b"\xa3\x02",
             ]))
+        });
+    }
+
+    #[test]
+    fn tokens() {
+        tried(9, |chance| jws::check(&[vec![0], chance.message(JWS)].concat()));
+    }
+
+    #[test]
+    fn claims() {
+        tried(10, |chance| {
+            let (head, first) = (HEADS[chance.below(HEADS.len() + 6) % HEADS.len()], CLAIMS[chance.below(2)]);
+            let more = if chance.below(2) == 0 { chance.message(CLAIMS) } else { chance.few(&CLAIMS[3..], b"") };
+            jws::check(&[b"\x01", head, b"\xff{", first, &more, b"}"].concat());
+        });
+    }
+
+    #[test]
+    fn key_sets() {
+        tried(11, |chance| {
+            let entries = if chance.below(2) == 0 { chance.message(JWKS) } else { chance.few(&JWKS[5..], b",") };
+            jwks::check(&[b"{\"keys\":[", entries.as_slice(), b"]}"].concat());
         });
     }
 }

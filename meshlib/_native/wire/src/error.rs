@@ -23,8 +23,10 @@ pub enum ErrorKind {
     Lost,
     /// The same, on a connection that had been kept open: it may have been closed before the request came there.
     Stale,
-    /// The other side says that it did not process the request.
+    /// The other side is going, and says that it did not process the request.
     Unprocessed,
+    /// The other side stays, and says that it did not process this request.
+    Declined,
     /// The other side does not speak correct HTTP.
     Protocol,
 }

@@ -42,7 +42,7 @@ const RESET_MEMORY: Duration = Duration::from_secs(10);
 const RESETS: usize = 1024;
 /// Malformed answers on one connection, for each of which we reset its stream (CVE-2025-8671 and its kin).
 const FAULTS: usize = 1024;
-/// Exchanges in a row that the peer resets (CVE-2023-44487 from the other side): then the connection is of no use.
+/// Exchanges in a row that the peer resets (CVE-2023-44487 from the other side): then the connection is of no use, and is told so.
 const REFUSALS: u32 = 100;
 /// How many streams may be opened before the peer has said how many it wants.
 const UNTOLD: usize = 100;
@@ -330,6 +330,7 @@ impl Http2 {
         if stream.take_unblocked() {
             sink.writable();
         }
+        let mut is_enough = false;
         let failure = match (stream.read(sink), &self.end) {
             (Step::Waiting, None) => return,
             (Step::Waiting, Some(end)) => Some(end.clone()),
@@ -341,7 +342,7 @@ impl Http2 {
             (Step::Failed(Failure::Crate(error)), _) => {
                 if error.is_reset() && error.is_remote() {
                     self.refusals += 1;
-                    self.is_leaving |= self.refusals >= REFUSALS;
+                    is_enough = self.refusals == REFUSALS;
                 }
                 let is_stale = self.has_answered && !stream.has_received() && stream.began == self.received;
                 Some(stream::explain(&error, is_stale))
@@ -356,6 +357,10 @@ impl Http2 {
             }
         }
         self.streams.remove(&id);
+        if is_enough {
+            self.is_leaving = true;
+            self.say_goaway(Reason::ENHANCE_YOUR_CALM);
+        }
         if let Some(error) = failure {
             sink.reset(&error);
         }

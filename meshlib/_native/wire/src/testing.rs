@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use ahash::AHashMap;
 use rcgen::{
-    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CustomExtension, DistinguishedName,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
+    SerialNumber, SignatureAlgorithm, PKCS_ECDSA_P256_SHA256,
 };
 use rustls::pki_types::UnixTime;
 use rustls::time_provider::TimeProvider;
@@ -127,6 +128,9 @@ pub struct Leaf {
     pub extensions: Vec<CustomExtension>,
     pub not_before: u64,
     pub not_after: u64,
+    pub serial: Option<u64>,
+    pub subject: Option<&'static str>,
+    pub algorithm: &'static SignatureAlgorithm,
 }
 
 pub fn leaf(id: &str) -> Leaf {
@@ -139,6 +143,9 @@ pub fn leaf(id: &str) -> Leaf {
         extensions: vec![],
         not_before: START - 60,
         not_after: START + 24 * HOUR,
+        serial: None,
+        subject: None,
+        algorithm: &PKCS_ECDSA_P256_SHA256,
     }
 }
 
@@ -149,6 +156,8 @@ pub struct Issued {
 
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
+    params: CertificateParams,
+    pub key: String,
     /// What stands between a leaf and the root, nearest to the leaf first.
     pub intermediates: String,
     pub root: String,
@@ -157,24 +166,63 @@ pub struct Authority {
 impl Authority {
     pub fn new(name: &str) -> Authority {
         let key = KeyPair::generate().unwrap();
-        let params = authority_params(name, BasicConstraints::Unconstrained);
+        Authority::of(key, |params| params.distinguished_name.push(rcgen::DnType::CommonName, name))
+    }
+
+    /// A root as one likes it.
+    pub fn of(key: KeyPair, change: impl FnOnce(&mut CertificateParams)) -> Authority {
+        let mut params = authority_params(BasicConstraints::Unconstrained);
+        change(&mut params);
         let root = params.self_signed(&key).unwrap().pem();
-        Authority { issuer: Issuer::new(params, key), intermediates: String::new(), root }
+        let own = key.serialize_pem();
+        Authority { issuer: Issuer::new(params.clone(), key), params, key: own, intermediates: String::new(), root }
+    }
+
+    /// The root's certificate once more, of the same key and with another end.
+    pub fn root_until(&self, not_after: u64) -> String {
+        let mut params = self.params.clone();
+        params.not_after = moment(not_after).into();
+        params.self_signed(&KeyPair::from_pem(&self.key).unwrap()).unwrap().pem()
     }
 
     pub fn intermediate(&self, name: &str, constraints: BasicConstraints) -> Authority {
-        let key = KeyPair::generate().unwrap();
-        let params = authority_params(name, constraints);
+        self.below(KeyPair::generate().unwrap(), |params| {
+            params.is_ca = IsCa::Ca(constraints);
+            params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        })
+    }
+
+    /// An intermediate as one likes it.
+    pub fn below(&self, key: KeyPair, change: impl FnOnce(&mut CertificateParams)) -> Authority {
+        let mut params = authority_params(BasicConstraints::Unconstrained);
+        change(&mut params);
         let certificate = params.signed_by(&key, &self.issuer).unwrap().pem();
+        let own = key.serialize_pem();
         Authority {
-            issuer: Issuer::new(params, key),
+            issuer: Issuer::new(params.clone(), key),
+            params,
+            key: own,
             intermediates: format!("{certificate}{}", self.intermediates),
             root: self.root.clone(),
         }
     }
 
+    /// Its list of revoked certificates, by their serial numbers.
+    pub fn list(&self, revoked: &[u64], change: impl FnOnce(&mut CertificateRevocationListParams)) -> String {
+        let mut params = CertificateRevocationListParams {
+            this_update: moment(START).into(),
+            next_update: moment(START + 24 * HOUR).into(),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(|serial| revoked_at(*serial, START)).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        change(&mut params);
+        params.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
+
     pub fn issue(&self, leaf: Leaf) -> Issued {
-        let key = KeyPair::generate().unwrap();
+        let key = KeyPair::generate_for(leaf.algorithm).unwrap();
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         let uris = leaf.uris.iter().map(|uri| SanType::URI(uri.as_str().try_into().unwrap()));
@@ -184,10 +232,12 @@ impl Authority {
         params.key_usages = leaf.usages;
         params.extended_key_usages = leaf.purposes;
         params.custom_extensions = leaf.extensions;
-        params.not_before =
-            std::time::SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(leaf.not_before)).unwrap().into();
-        params.not_after =
-            std::time::SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(leaf.not_after)).unwrap().into();
+        params.not_before = moment(leaf.not_before).into();
+        params.not_after = moment(leaf.not_after).into();
+        params.serial_number = leaf.serial.map(SerialNumber::from);
+        if let Some(subject) = leaf.subject {
+            params.distinguished_name.push(rcgen::DnType::CommonName, subject);
+        }
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         Issued { chain: format!("{}{}", certificate.pem(), self.intermediates), key: key.serialize_pem() }
     }
@@ -197,14 +247,27 @@ impl Authority {
     }
 }
 
-fn authority_params(name: &str, constraints: BasicConstraints) -> CertificateParams {
+fn authority_params(constraints: BasicConstraints) -> CertificateParams {
     let mut params = CertificateParams::default();
-    params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    params.distinguished_name = DistinguishedName::new();
     params.is_ca = IsCa::Ca(constraints);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params
 }
 
-pub fn bundles(roots: &[(&str, &str)]) -> AHashMap<String, crate::tls::verify::Roots> {
-    crate::tls::bundles(roots.iter().map(|(name, pem)| (*name, pem.as_bytes()))).unwrap()
+pub fn moment(seconds: u64) -> std::time::SystemTime {
+    std::time::SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).unwrap()
+}
+
+pub fn revoked_at(serial: u64, moment_of: u64) -> RevokedCertParams {
+    RevokedCertParams {
+        serial_number: SerialNumber::from(serial),
+        revocation_time: moment(moment_of).into(),
+        reason_code: None,
+        invalidity_date: None,
+    }
+}
+
+pub fn bundles(roots: &[(&str, &str)]) -> AHashMap<String, crate::tls::path::Roots> {
+    crate::tls::bundles(roots.iter().map(|(name, pem)| (*name, pem.as_bytes())), []).unwrap()
 }

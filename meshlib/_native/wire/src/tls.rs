@@ -7,18 +7,23 @@
 //! TLS 1.2 and 1.3, never 0-RTT, no renegotiation, no key log, resumption only with extended master secret.
 pub mod client;
 pub mod counts;
+pub mod crypto;
+pub mod path;
+pub mod revoked;
 pub mod server;
 pub mod session;
+pub mod svid;
 pub mod tickets;
 pub mod verify;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ahash::AHashMap;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 pub use rustls::pki_types::CertificateDer;
-use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::{PrivateKeyDer, UnixTime};
 use rustls::sign::CertifiedKey;
 pub use rustls::CommonState;
 use rustls::{AlertDescription, CertificateError, CipherSuite, Error as RustlsError, ProtocolVersion};
@@ -27,13 +32,15 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use crate::error::{Error, ErrorKind, Result};
 use crate::spiffe;
 use counts::Failed;
-use verify::{Peer, Refusal, Roots};
+use path::{Roots, MAX_CHAIN};
+use revoked::Lists;
+use verify::{Peer, Refusal};
 
-/// The crypto of every connection: ring, with rustls' order of suites, but AES-128 with SHA-256 first. It is as strong as the key
+/// The crypto of every connection, with rustls' order of suites, but AES-128 with SHA-256 first. It is as strong as the key
 /// exchange and the signatures beside it, and SHA-384, for which processors have no instructions, takes a fifth of the time of a
 /// resumed handshake.
 pub fn provider() -> Arc<CryptoProvider> {
-    let mut provider = rustls::crypto::ring::default_provider();
+    let mut provider = crypto::provider();
     provider.cipher_suites.sort_by_key(|suite| {
         !matches!(
             suite.suite(),
@@ -58,13 +65,18 @@ impl Svid {
         let certificates = certificates(chain).map_err(|why| {
             Error::new(ErrorKind::Identity, format!("Our certificate chain can't be read: {why}."), hint)
         })?;
+        if certificates.len() > MAX_CHAIN {
+            let what =
+                format!("Our certificate chain has {} certificates; peers read {MAX_CHAIN}.", certificates.len());
+            return Err(Error::new(ErrorKind::Identity, what, "Leave out roots, and what stands in it twice."));
+        }
         // The parser's own error could quote the key file: it is dropped.
         let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| {
             Error::new(ErrorKind::Identity, "Our private key is not PEM (PKCS#8, PKCS#1 or SEC1).", hint)
         })?;
         let leaf = certificates
             .first()
-            .map(|leaf| verify::read_leaf(leaf))
+            .map(|leaf| svid::read_leaf(leaf))
             .unwrap_or_else(|| Err(Refusal::NotAnSvid("there is none".into())));
         let peer = leaf.map_err(|refusal| {
             Error::new(ErrorKind::Identity, format!("We can't use our own certificate: {refusal}."), hint)
@@ -82,7 +94,7 @@ impl Svid {
     /// Unix seconds at which the first certificate of what we show ends. One that has ended already is a leftover that no peer needs.
     pub fn not_after(&self, now: u64) -> u64 {
         let ends = self.key.cert.iter().skip(1).filter_map(|der| X509Certificate::from_der(der).ok());
-        let ends = ends.map(|(_, certificate)| verify::validity(&certificate).1).filter(|end| *end > now);
+        let ends = ends.map(|(_, certificate)| svid::validity(&certificate).1).filter(|end| *end > now);
         ends.fold(self.peer.not_after, u64::min)
     }
 
@@ -100,8 +112,11 @@ impl Svid {
     }
 }
 
-/// Roots by trust domain, never in one pool.
-pub fn bundles<'a>(pems: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<AHashMap<String, Roots>> {
+/// Roots by trust domain, never in one pool; and what their CAs have revoked, also by trust domain.
+pub fn bundles<'a>(
+    pems: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+    lists: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+) -> Result<AHashMap<String, Roots>> {
     let mut bundles = AHashMap::new();
     for (trust_domain, pem) in pems {
         let unusable = |why: String| {
@@ -112,15 +127,23 @@ pub fn bundles<'a>(pems: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Resul
             )
         };
         spiffe::check_trust_domain(trust_domain).map_err(|why| unusable(why.to_owned()))?;
-        let mut roots = Roots::default();
-        for certificate in certificates(pem).map_err(|why| unusable(why.to_owned()))? {
-            let not_after = match X509Certificate::from_der(&certificate) {
-                Ok((_, parsed)) if parsed.is_ca() => verify::validity(&parsed).1,
-                _ => return Err(unusable("one of its certificates is not a CA".to_owned())),
-            };
-            let anchor = webpki::anchor_from_trusted_cert(&certificate).map_err(|error| unusable(error.to_string()))?;
-            roots.push(anchor.to_owned(), not_after);
-        }
+        let certificates = certificates(pem).map_err(|why| unusable(why.to_owned()))?;
+        bundles.insert(trust_domain.to_owned(), Roots::new(&certificates, Some(trust_domain)).map_err(unusable)?);
+    }
+    let algorithms = crypto::provider().signature_verification_algorithms;
+    for (trust_domain, pem) in lists {
+        let unusable = |why: String| {
+            Error::new(
+                ErrorKind::Identity,
+                format!("The list of revoked certificates of the trust domain {trust_domain:?} can't be used: {why}."),
+                "It is the PEM of one or more X509 CRLs, each signed by a CA of that trust domain. Fetch or write it again, or \
+                 take it away: then nothing counts as revoked.",
+            )
+        };
+        // Lists that nobody asks for are a name that was misspelt.
+        let roots = bundles.remove(trust_domain).ok_or_else(|| unusable("there is no bundle of it".to_owned()))?;
+        let lists = Lists::from_pem(pem).map_err(unusable)?;
+        let roots = roots.revoking(lists, &algorithms).map_err(|why| unusable(why.to_owned()))?;
         bundles.insert(trust_domain.to_owned(), roots);
     }
     Ok(bundles)
@@ -195,6 +218,7 @@ pub fn explain(failure: Failure, is_open: bool) -> Error {
         RustlsError::InvalidCertificate(certificate) => match &certificate {
             CertificateError::Expired => refused(&Refusal::Expired),
             CertificateError::NotValidYet => refused(&Refusal::NotYetValid),
+            CertificateError::Revoked => refused(&Refusal::Revoked { is_leaf: true }),
             CertificateError::UnknownIssuer => refused(&Refusal::Chain(webpki::Error::UnknownIssuer)),
             CertificateError::Other(other) => match other.0.downcast_ref::<Refusal>() {
                 Some(refusal) => refused(refusal),
@@ -237,7 +261,12 @@ pub fn explain(failure: Failure, is_open: bool) -> Error {
     }
 }
 
-fn refused(refusal: &Refusal) -> Error {
+/// A moment in Unix seconds; one before 1970 counts as 1970.
+pub fn unix_time(seconds: f64) -> UnixTime {
+    UnixTime::since_unix_epoch(Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX))
+}
+
+pub fn refused(refusal: &Refusal) -> Error {
     let hint = match refusal {
         Refusal::WrongIdentity { .. } => {
             "Likely cause: discovery gives the address of another service, or the service's identity in the configuration is not the \
@@ -249,6 +278,13 @@ fn refused(refusal: &Refusal) -> Error {
         }
         Refusal::Expired | Refusal::NotYetValid => {
             "Likely cause: its rotation has stopped, or one of the two clocks is wrong. Check the peer's identity and both clocks."
+        }
+        Refusal::Revoked { .. } => {
+            "Its CA has taken it back, as our list of revoked certificates says. If the peer is genuine, issue its identity again."
+        }
+        Refusal::List(_) => {
+            "Likely cause: the list beside our bundle is damaged, or of an older key of the CA. Fetch it again, or take it away: \
+             then nothing counts as revoked."
         }
         Refusal::NotAnSvid(_) | Refusal::TooLong(_) | Refusal::Intermediate(_) | Refusal::Chain(_) => {
             "Likely cause: it was not issued for the mesh. A peer needs an X509-SVID from a CA in our bundles."

@@ -181,7 +181,7 @@ impl StreamSink for Collector<'_> {
     fn reset(&mut self, error: &Error) {
         self.flush();
         let address = self.stream.as_ref().map_or("", |(_, address)| address);
-        let is_written = error.kind != ErrorKind::Unprocessed;
+        let is_written = !matches!(error.kind, ErrorKind::Unprocessed | ErrorKind::Declined);
         let error = raise(self.py, address, error.clone(), is_written).into_value(self.py);
         self.push((RESET, error));
     }

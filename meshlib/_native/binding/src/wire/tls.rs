@@ -4,13 +4,85 @@
 //! crate has none.
 use std::sync::Arc;
 
-use mesh_wire::tls::CertificateDer;
+use ahash::AHashMap;
+use mesh_wire::tls::path::{Roots, Side};
+use mesh_wire::tls::verify::Verifier;
+use mesh_wire::tls::{provider, refused, unix_time, CertificateDer};
 use mesh_wire::SystemTime;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList, PyMapping};
 
 use super::{bundles_of, chain_of, not_after_of, raise, with_bytes, HEAVY};
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("crypto_provider", mesh_wire::tls::crypto::NAME)?;
+    module.add_class::<TlsClient>()?;
+    module.add_class::<TlsServer>()?;
+    module.add_class::<TlsConnection>()?;
+    module.add_function(wrap_pyfunction!(verify_chain, module)?)?;
+    module.add_function(wrap_pyfunction!(verify_path, module)?)
+}
+
+/// The bundles and what their CAs have revoked, read.
+fn roots_of(
+    py: Python<'_>,
+    bundles: &Bound<'_, PyMapping>,
+    crls: Option<&Bound<'_, PyMapping>>,
+) -> PyResult<AHashMap<String, Roots>> {
+    let bundles = bundles_of(bundles)?;
+    let crls = crls.map(bundles_of).transpose()?.unwrap_or_default();
+    mesh_wire::tls::bundles(each(&bundles), each(&crls)).map_err(|error| raise(py, "", error, false))
+}
+
+fn each(pems: &[(String, Vec<u8>)]) -> impl Iterator<Item = (&str, &[u8])> {
+    pems.iter().map(|(name, pem)| (name.as_str(), pem.as_slice()))
+}
+
+fn side_of(side: &str) -> PyResult<Side> {
+    match side {
+        "servers" => Ok(Side::Servers),
+        "clients" => Ok(Side::Clients),
+        _ => Err(PyValueError::new_err(format!("side is \"servers\" or \"clients\", not {side:?}"))),
+    }
+}
+
+/// What a handshake does with a peer's chain, outside of one.
+#[pyfunction]
+#[pyo3(signature = (chain, bundles, expected, now, side, crls = None))]
+fn verify_chain<'py>(
+    py: Python<'py>,
+    chain: Vec<Vec<u8>>,
+    bundles: &Bound<'py, PyMapping>,
+    expected: &str,
+    now: f64,
+    side: &str,
+    crls: Option<&Bound<'py, PyMapping>>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let verifier = Verifier::new(side_of(side)?, roots_of(py, bundles, crls)?, &provider());
+    let chain: Vec<CertificateDer<'_>> = chain.into_iter().map(CertificateDer::from).collect();
+    let answer = py.detach(|| verifier.verify(&chain.iter().collect::<Vec<_>>(), expected, unix_time(now)));
+    let peer = answer.map_err(|refusal| raise(py, "", refused(&refusal), false))?;
+    let dict = PyDict::new(py);
+    dict.set_item("id", &peer.id)?;
+    dict.set_item("not_before", peer.not_before as f64)?;
+    dict.set_item("not_after", peer.not_after as f64)?;
+    Ok(dict)
+}
+
+/// The part of that which finds a path to a root, whoever the leaf is.
+#[pyfunction]
+fn verify_path(py: Python<'_>, chain: Vec<Vec<u8>>, roots: Vec<Vec<u8>>, now: f64, side: &str) -> PyResult<()> {
+    let side = side_of(side)?;
+    let [chain, roots] = [chain, roots].map(|ders| ders.into_iter().map(CertificateDer::from).collect::<Vec<_>>());
+    let roots = Roots::new(&roots, None).map_err(PyValueError::new_err)?;
+    let algorithms = provider().signature_verification_algorithms;
+    let answer = py.detach(|| {
+        let chain: Vec<_> = chain.iter().collect();
+        roots.path(&chain, None, side, unix_time(now), &algorithms)
+    });
+    answer.map(|_| ()).map_err(|refusal| raise(py, "", refused(&refusal), false))
+}
 
 #[pyclass(frozen, module = "meshlib._native._core")]
 pub struct TlsClient {
@@ -22,7 +94,7 @@ pub struct TlsClient {
 #[pymethods]
 impl TlsClient {
     #[new]
-    #[pyo3(signature = (chain, key, bundles, generation, before = None))]
+    #[pyo3(signature = (chain, key, bundles, generation, before = None, crls = None))]
     fn new(
         py: Python<'_>,
         chain: Option<&[u8]>,
@@ -30,15 +102,15 @@ impl TlsClient {
         bundles: &Bound<'_, PyMapping>,
         generation: u64,
         before: Option<&Bound<'_, TlsClient>>,
+        crls: Option<&Bound<'_, PyMapping>>,
     ) -> PyResult<TlsClient> {
-        let bundles = bundles_of(bundles)?;
+        let bundles = roots_of(py, bundles, crls)?;
         let svid = match (chain, key) {
             (Some(chain), Some(key)) => Some((chain, key)),
             (None, None) => None,
             _ => return Err(PyValueError::new_err("chain and key belong together: give both, or neither")),
         };
-        let wire = mesh_wire::tls::bundles(bundles.iter().map(|(name, pem)| (name.as_str(), pem.as_slice())))
-            .and_then(|bundles| mesh_wire::TlsClient::new(svid, bundles, Arc::new(SystemTime)))
+        let wire = mesh_wire::TlsClient::new(svid, bundles, Arc::new(SystemTime))
             .map_err(|error| raise(py, "", error, false))?;
         let wire = match before {
             Some(before) => wire.counting_on(&before.get().wire),
@@ -50,6 +122,11 @@ impl TlsClient {
     #[getter]
     fn not_after(&self) -> f64 {
         self.wire.not_after().map_or(f64::INFINITY, |end| end as f64)
+    }
+
+    #[getter]
+    fn crls_until(&self) -> f64 {
+        self.wire.lists_until().map_or(f64::INFINITY, |until| until as f64)
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -67,7 +144,7 @@ pub struct TlsServer {
 #[pymethods]
 impl TlsServer {
     #[new]
-    #[pyo3(signature = (chain, key, bundles, generation, require_client, alpn = vec![b"http/1.1".to_vec()], before = None))]
+    #[pyo3(signature = (chain, key, bundles, generation, require_client, alpn = vec![b"http/1.1".to_vec()], before = None, crls = None))]
     // One argument for each thing that the other side of the seam decides.
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -79,12 +156,10 @@ impl TlsServer {
         require_client: bool,
         alpn: Vec<Vec<u8>>,
         before: Option<&Bound<'_, TlsServer>>,
+        crls: Option<&Bound<'_, PyMapping>>,
     ) -> PyResult<TlsServer> {
-        let bundles = bundles_of(bundles)?;
-        let wire = mesh_wire::tls::bundles(bundles.iter().map(|(name, pem)| (name.as_str(), pem.as_slice())))
-            .and_then(|bundles| {
-                mesh_wire::TlsServer::new(chain, key, bundles, require_client, alpn, Arc::new(SystemTime))
-            })
+        let bundles = roots_of(py, bundles, crls)?;
+        let wire = mesh_wire::TlsServer::new(chain, key, bundles, require_client, alpn, Arc::new(SystemTime))
             .map_err(|error| raise(py, "", error, false))?;
         let wire = match before {
             Some(before) => wire.counting_on(&before.get().wire),
@@ -96,6 +171,11 @@ impl TlsServer {
     fn accepts(&self, py: Python<'_>, chain: Vec<Vec<u8>>) -> bool {
         let chain: Vec<CertificateDer<'_>> = chain.into_iter().map(CertificateDer::from).collect();
         py.detach(|| self.wire.accepts(&chain))
+    }
+
+    #[getter]
+    fn crls_until(&self) -> f64 {
+        self.wire.lists_until().map_or(f64::INFINITY, |until| until as f64)
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

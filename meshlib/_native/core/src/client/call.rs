@@ -426,6 +426,10 @@ impl Call {
         }
         let mut budget = -1.0;
         let verdict = match self.plan() {
+            // Who is somebody else now is somebody else in a moment too.
+            Some(_) if outcome == Outcome::Identity && self.choose_untried(now).is_none() => {
+                Verdict::Deliver("wrong identity, and there is no other endpoint")
+            }
             Some(route) if !is_plain || is_listed => {
                 let facts = Facts {
                     outcome,

@@ -9,6 +9,8 @@
 use std::borrow::Cow;
 use std::fmt;
 
+pub mod profile;
+
 /// A canonical path: `text` is decoded, `raw` is the same, percent-encoded for the wire.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Path {
@@ -76,6 +78,11 @@ impl Path {
     /// A name that is exact by its grammar (a gRPC method): it has one reading, and nothing is to be escaped.
     pub fn exact(text: &str) -> Self {
         Self { text: text.to_owned(), raw: None, bare: None }
+    }
+
+    /// The same in another spelling, one that leaves slashes alone: for comparing only.
+    pub(crate) fn mapped(&self, spelled: impl Fn(&str) -> String) -> Self {
+        Self { text: spelled(&self.text), raw: None, bare: self.bare.as_deref().map(spelled) }
     }
 
     pub fn text(&self) -> &str {
@@ -182,23 +189,27 @@ fn is_refused_by_strict(target: &str) -> bool {
 
 /// An absolute target (`http://host/path`) is reduced to its path, if it names our host.
 fn origin_form<'a>(target: &'a str, host: Option<&[u8]>) -> Result<Cow<'a, str>, PathError> {
-    let is_scheme = |text: &str| {
-        text.starts_with(|c: char| c.is_ascii_alphabetic())
-            && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'.' | b'-'))
-    };
-    let Some((scheme, rest)) = target.split_once("://").filter(|(scheme, _)| is_scheme(scheme)) else {
-        return Ok(Cow::Borrowed(target));
-    };
-    let (authority, path) =
-        rest.split_at_checked(rest.find(['/', '?', '#']).unwrap_or(rest.len())).unwrap_or((rest, ""));
+    let Some((scheme, authority, path)) = absolute(target) else { return Ok(Cow::Borrowed(target)) };
     if !(scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https")) || authority.contains('@') {
         return Err(PathError::AbsoluteForm);
     }
     let host = host.and_then(|host| std::str::from_utf8(host).ok()).unwrap_or("");
-    if authority.is_empty() || !without_default_port(authority).eq_ignore_ascii_case(without_default_port(host)) {
+    let name = without_default_port(authority);
+    if name.is_empty() || !name.eq_ignore_ascii_case(without_default_port(host)) {
         return Err(PathError::Authority);
     }
     Ok(if path.starts_with('/') { Cow::Borrowed(path) } else { Cow::Owned(format!("/{path}")) })
+}
+
+/// Scheme, authority and the rest of an absolute target; None: it is none.
+fn absolute(target: &str) -> Option<(&str, &str, &str)> {
+    let is_scheme = |text: &str| {
+        text.starts_with(|c: char| c.is_ascii_alphabetic())
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'.' | b'-'))
+    };
+    let (scheme, rest) = target.split_once("://").filter(|(scheme, _)| is_scheme(scheme))?;
+    let (authority, path) = rest.split_at_checked(rest.find(['/', '?', '#']).unwrap_or(rest.len()))?;
+    Some((scheme, authority, path))
 }
 
 fn without_default_port(authority: &str) -> &str {

@@ -2,48 +2,133 @@
 //!
 //! An entry ends once: by `finish`, or by being dropped, which is how a cancelled handler ends. What it can tell is put into words
 //! only when somebody asks.
+use core::net::IpAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::plan::Mode;
+use super::plan::{Mode, Xfcc};
 use super::{Entry, Refusal};
 use crate::secure::authorize::{Question, Verdict};
+use crate::secure::jwt::{Claims, TokenFault};
 use crate::secure::path::Path;
 
 impl Entry {
     /// The call ended: with an HTTP status, or for gRPC with its code; 0 is no status at all (HTTP). Only the first end counts.
     pub fn finish(&self, status: u16, now: Duration) {
-        self.end(status, Some(now.saturating_sub(self.begun)));
+        self.end(status, Some(now.saturating_sub(self.begun)), false);
     }
 
-    fn end(&self, code: u16, took: Option<Duration>) {
+    /// False: it had ended before.
+    fn end(&self, code: u16, took: Option<Duration>, is_vetoed: bool) -> bool {
         if self.is_done.swap(true, Ordering::AcqRel) {
-            return;
+            return false;
         }
-        if let Some(series) = &self.series {
-            series.end(code, took);
+        match &self.series {
+            Some(series) if is_vetoed => series.veto(code),
+            Some(series) => series.end(code, took),
+            None => {}
         }
         if self.generation == self.state.generation.load(Ordering::Relaxed) {
             self.state.in_flight.leave();
         }
+        true
+    }
+
+    /// The authorizer that a CUSTOM rule names did not allow it: the call is refused, and over.
+    pub fn veto(&self) {
+        let code = if self.is_grpc { Refusal::Custom.grpc_status() } else { Refusal::Custom.status() };
+        if self.end(code, None, true) {
+            self.is_vetoed.store(true, Ordering::Release);
+        }
     }
 
     pub fn refusal(&self) -> Option<Refusal> {
-        self.refusal
+        self.refusal.or_else(|| self.is_vetoed.load(Ordering::Acquire).then_some(Refusal::Custom))
+    }
+
+    /// The authorizer that has to be asked before the call goes on; "" for none. Only rules that bind ask.
+    pub fn authorizer(&self) -> &str {
+        let custom = self.verdict.and_then(|verdict| verdict.custom).filter(|_| self.refusal.is_none());
+        match (&self.snapshot, custom) {
+            (Some(snapshot), Some(rule)) if snapshot.mode.enforces() => snapshot.rules.authorizer(rule),
+            _ => "",
+        }
+    }
+
+    /// What a good token claims.
+    pub fn claims(&self) -> Option<&Claims> {
+        self.facts.as_deref().and_then(|facts| facts.claims.as_deref())
+    }
+
+    /// The provider whose keys don't know the token's, or aren't known themselves: it may have new ones.
+    pub fn wants_keys(&self) -> &str {
+        self.facts.as_deref().and_then(|facts| facts.fault.as_ref()).map_or("", TokenFault::wants_keys)
+    }
+
+    /// The header of a token that was for us alone.
+    pub fn token_header(&self) -> &str {
+        self.facts.as_deref().and_then(|facts| facts.token_header.as_deref()).unwrap_or("")
+    }
+
+    /// The client's own address, as far as proxies that are trusted tell it; None where no policy asks for it.
+    pub fn client(&self) -> Option<IpAddr> {
+        self.facts.as_deref().and_then(|facts| facts.remote)
+    }
+
+    /// The connection comes from a proxy that is trusted to say where a call comes from.
+    pub fn is_from_proxy(&self) -> bool {
+        self.facts.as_deref().is_some_and(|facts| facts.is_from_proxy)
+    }
+
+    /// There is more to do than to let it in: an authorizer to ask, or headers to take out or put in.
+    pub fn has_more(&self) -> bool {
+        self.is_from_proxy()
+            || !self.token_header().is_empty()
+            || self.xfcc() != Xfcc::Sanitize
+            || !self.authorizer().is_empty()
+    }
+
+    /// Our own SPIFFE ID.
+    pub fn identity(&self) -> &str {
+        self.snapshot.as_ref().map_or("", |snapshot| &snapshot.identity)
+    }
+
+    /// What it says about where a call comes from counts: the proxy is trusted, or the rules don't bind yet.
+    pub fn is_believed(&self) -> bool {
+        !self.snapshot.as_ref().is_some_and(|snapshot| snapshot.mode.enforces())
+            || self.facts.as_deref().is_some_and(|facts| facts.is_believed)
+    }
+
+    pub fn xfcc(&self) -> Xfcc {
+        self.snapshot.as_ref().map_or(Xfcc::Sanitize, |snapshot| snapshot.xfcc)
+    }
+
+    /// Where `paths: redirect` sends the caller; "" for nowhere.
+    pub fn location(&self) -> &str {
+        self.location.as_deref().unwrap_or("")
+    }
+
+    /// Seconds until the next call fits into the rate that this one was too much for.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self.refusal {
+            Some(Refusal::Rate(wait)) => Some(wait),
+            _ => None,
+        }
     }
 
     /// 0: it may go on.
     pub fn status(&self) -> u16 {
-        self.refusal.map_or(0, Refusal::status)
+        self.refusal().map_or(0, Refusal::status)
     }
 
     pub fn reason(&self) -> &'static str {
-        self.refusal.map_or("", Refusal::reason)
+        self.refusal().map_or("", Refusal::reason)
     }
 
     /// The mode lets it pass, and the rules (or a dry-run rule) would not.
     pub fn would_deny(&self) -> bool {
-        self.status() == 0 && self.verdict.is_some_and(|verdict| !verdict.is_allowed || !verdict.shadow.0)
+        self.status() == 0
+            && (self.is_misled || self.verdict.is_some_and(|verdict| !verdict.is_allowed || !verdict.shadow.0))
     }
 
     /// The rule that decided; "" where none allowed it, or none was asked.
@@ -71,18 +156,44 @@ impl Entry {
         }
     }
 
-    fn question(&self) -> Option<Question<'_>> {
-        self.path.as_ref().map(|path| Question { peer: self.peer.as_deref(), method: &self.method, path })
+    pub(super) fn question(&self) -> Option<Question<'_>> {
+        let facts = self.facts.as_deref();
+        self.path.as_ref().map(|path| Question {
+            peer: self.peer.as_deref(),
+            method: &self.method,
+            path,
+            host: facts.and_then(|facts| facts.host.as_deref()),
+            port: facts.map_or(0, |facts| facts.port),
+            source: facts.and_then(|facts| facts.source),
+            remote: facts.and_then(|facts| facts.remote),
+            sni: facts.map_or("", |facts| &facts.sni),
+            headers: facts.map_or(&[], |facts| &facts.headers),
+            claims: facts.and_then(|facts| facts.claims.as_deref()),
+        })
     }
 
     /// What happened and what to do, for the one who runs this service; "" if nothing happened. It names rules: not for callers.
     pub fn detail(&self) -> String {
-        match self.refusal {
+        match self.refusal() {
+            Some(refusal @ Refusal::Token) => match self.facts.as_deref().and_then(|facts| facts.fault.as_ref()) {
+                Some(fault) => format!("{refusal} {fault}"),
+                None => format!("{refusal} There are two of them, and only one can be meant."),
+            },
+            Some(refusal @ Refusal::Custom) => {
+                format!(
+                    "{refusal} (authorizer {:?})",
+                    self.snapshot.as_ref().map_or("", |snapshot| {
+                        self.verdict
+                            .and_then(|verdict| verdict.custom)
+                            .map_or("", |rule| snapshot.rules.authorizer(rule))
+                    })
+                )
+            }
             // A rule may let everybody in, but in enforce nobody is everybody.
             Some(refusal @ Refusal::NoIdentity) if self.verdict.is_some_and(|verdict| verdict.is_allowed) => {
                 refusal.to_string()
             }
-            Some(Refusal::NoIdentity | Refusal::Denied) => self.explanation(),
+            Some(Refusal::NoIdentity | Refusal::NoToken | Refusal::Denied) => self.explanation(),
             Some(refusal) => refusal.to_string(),
             None if self.would_deny() => self.explanation(),
             None => String::new(),
@@ -170,6 +281,6 @@ impl Drop for Entry {
     /// Nobody said how it ended: the caller left, or a handler was cancelled. The permit goes back all the same.
     fn drop(&mut self) {
         const CANCELLED: u16 = 1;
-        self.end(if self.is_grpc { CANCELLED } else { 0 }, None);
+        self.end(if self.is_grpc { CANCELLED } else { 0 }, None, false);
     }
 }

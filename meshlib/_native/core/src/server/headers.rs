@@ -3,22 +3,34 @@
 //! One pass over the list as the server parsed it, field by field, so that nothing is copied. It refuses what two parsers read in
 //! two ways (two Hosts, two framings, names that are no names): the request behind such a list is not the one that was checked.
 //! Time limits of three kinds are understood; the shortest counts, none is believed beyond an hour, and an unreadable one is
-//! ignored, since it can only hurt its sender. It does not judge identity headers: no header ever carries an identity here.
+//! ignored, since it can only hurt its sender. What the policy in force asks about (rules, tokens, rates) is kept on the way, and
+//! nothing else. It does not judge identity headers: no header ever carries an identity here.
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
+
+use super::plan::Snapshot;
 
 /// No caller keeps us busy for longer than this by asking for it.
 pub const LONGEST: Duration = Duration::from_secs(3600);
 const MOST_FIELDS: u32 = 100;
+/// Names and values together, with what separates them on the wire.
+const MOST_BYTES: usize = 60 * 1024;
+/// A longer Range counts as none, as RFC 9110 section 14.2 allows: it is meant to cost more than it says.
+const LONGEST_RANGE: usize = 1024;
 /// Our key in `tracestate`, as `client::carried` writes it.
 const STATE: &str = "meshlib";
 
-/// Feed it each field, then hand it to `Gate::begin`.
+/// Made by `Gate::headers`, under whose policy it reads; feed it each field, then hand it to `Gate::begin`.
 #[derive(Debug, Default)]
 pub struct Headers {
+    pub(super) snapshot: Option<Arc<Snapshot>>,
+    pub(super) kept: Vec<Kept>,
     is_host_wanted: bool,
+    version: Version,
     host: Option<Vec<u8>>,
     fields: u32,
+    bytes: usize,
     hosts: u32,
     lengths: u32,
     encodings: u32,
@@ -27,10 +39,71 @@ pub struct Headers {
     fault: Option<HeaderFault>,
 }
 
+/// As which protocol the request came, as far as the driver knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Version {
+    #[default]
+    Unknown,
+    Http10,
+    Http11,
+    /// HTTP/2 and later, which have framing of their own.
+    Http2,
+}
+
+impl Version {
+    /// As ASGI writes it.
+    pub fn named(text: &str) -> Self {
+        match text {
+            "1.0" => Self::Http10,
+            "1.1" => Self::Http11,
+            "2" | "2.0" | "3" => Self::Http2,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// A field that the policy asks about: its lower-case name and its value.
+pub type Kept = (Box<str>, Vec<u8>);
+
+/// Which fields a policy asks about.
+#[derive(Debug, Default)]
+pub struct Wanted {
+    names: Vec<Box<str>>,
+    /// A bit for each length of a name: nearly every field is told to be none of them by this alone.
+    lengths: u64,
+    pub is_host: bool,
+}
+
+impl Wanted {
+    pub fn new(names: impl IntoIterator<Item = Box<str>>, is_host: bool) -> Self {
+        let mut names: Vec<Box<str>> = names.into_iter().map(|name| name.to_ascii_lowercase().into()).collect();
+        names.sort_unstable();
+        names.dedup();
+        let lengths = names.iter().fold(0, |bits, name| bits | bit(name.len()));
+        Self { names, lengths, is_host }
+    }
+
+    pub fn names(&self) -> &[Box<str>] {
+        &self.names
+    }
+
+    fn find(&self, name: &[u8]) -> Option<&str> {
+        if self.lengths & bit(name.len()) == 0 {
+            return None;
+        }
+        self.names.iter().find(|wanted| name.eq_ignore_ascii_case(wanted.as_bytes())).map(|wanted| &**wanted)
+    }
+}
+
+fn bit(length: usize) -> u64 {
+    1 << length.min(63)
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeaderFault {
     Name,
     Value,
+    NoHost,
     Hosts,
     Host,
     Framing,
@@ -53,28 +126,42 @@ impl fmt::Display for HeaderFault {
         f.write_str(match self {
             HeaderFault::Name => "a header's name has a character that names do not have",
             HeaderFault::Value => "a header's value has a NUL or a line break",
+            HeaderFault::NoHost => "there is no Host header, which HTTP/1.1 demands",
             HeaderFault::Hosts => "there is more than one Host header",
             HeaderFault::Host => "the Host header is not the name of a host",
-            HeaderFault::Framing => "Content-Length and Transfer-Encoding stand together, or one of them stands twice",
+            HeaderFault::Framing => "Content-Length and Transfer-Encoding stand together or twice, or the coding is not chunked, or not of HTTP/1.1",
             HeaderFault::Length => "Content-Length is not a number",
-            HeaderFault::TooMany => "there are more than 100 header fields",
+            HeaderFault::TooMany => "there are more than 100 header fields, or more than 60 KiB of them",
         })
     }
 }
 
 impl Headers {
-    /// The target decides whether Host has to be kept: only an absolute one is compared with it.
-    pub fn for_target(target: &[u8]) -> Self {
-        Self { is_host_wanted: target.first() != Some(&b'/'), ..Self::default() }
+    /// The target decides whether Host has to be kept: an absolute one is compared with it, and rules may ask for it.
+    pub(super) fn new(target: &[u8], snapshot: Option<Arc<Snapshot>>) -> Self {
+        let is_asked = snapshot.as_ref().is_some_and(|snapshot| snapshot.wanted.is_host);
+        Self { is_host_wanted: is_asked || target.first() != Some(&b'/'), snapshot, ..Self::default() }
+    }
+
+    /// In HTTP/1.1 a request without Host is malformed, and only there a body may come in chunks.
+    pub fn came_as(&mut self, version: Version) {
+        self.version = version;
     }
 
     pub fn field(&mut self, name: &[u8], value: &[u8]) {
         self.fields += 1;
+        // A Range that asks for too much is ignored, and never handed on.
+        if value.len() <= LONGEST_RANGE || !name.eq_ignore_ascii_case(b"range") {
+            self.bytes = self.bytes.saturating_add(name.len()).saturating_add(value.len()).saturating_add(4);
+        }
         if !is_token(name) {
             self.blame(HeaderFault::Name);
         }
         if value.iter().fold(false, |found, byte| found | matches!(byte, 0 | b'\r' | b'\n')) {
             self.blame(HeaderFault::Value);
+        }
+        if let Some(wanted) = self.snapshot.as_ref().and_then(|snapshot| snapshot.wanted.find(name)) {
+            self.kept.push((wanted.into(), value.to_vec()));
         }
         let is = |wanted: &str| name.eq_ignore_ascii_case(wanted.as_bytes());
         match name.len() {
@@ -88,7 +175,13 @@ impl Headers {
                     self.blame(HeaderFault::Length);
                 }
             }
-            17 if is("transfer-encoding") => self.encodings += 1,
+            17 if is("transfer-encoding") => {
+                self.encodings += 1;
+                // Every other coding, and every list of them, is read differently by somebody.
+                if !value.trim_ascii().eq_ignore_ascii_case(b"chunked") {
+                    self.blame(HeaderFault::Framing);
+                }
+            }
             18 if is("x-mesh-deadline-ms") => self.leave(milliseconds(value)),
             12 if is("grpc-timeout") => self.leave(grpc_timeout(value)),
             30 if is("x-envoy-expected-rq-timeout-ms") => self.leave(milliseconds(value)),
@@ -98,8 +191,8 @@ impl Headers {
 
     fn host(&mut self, value: &[u8]) {
         self.hosts += 1;
-        let is_host = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%:[]".contains(byte);
-        if !value.iter().all(is_host) {
+        let is_host = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+;=%:[]".contains(byte);
+        if value.is_empty() || !value.iter().all(is_host) {
             self.blame(HeaderFault::Host);
         }
         if self.is_host_wanted {
@@ -128,13 +221,15 @@ impl Headers {
     }
 
     pub fn fault(&self) -> Option<HeaderFault> {
-        if self.fields > MOST_FIELDS {
+        if self.fields > MOST_FIELDS || self.bytes > MOST_BYTES {
             Some(HeaderFault::TooMany)
         } else if self.fault.is_some() {
             self.fault
         } else if self.hosts > 1 {
             Some(HeaderFault::Hosts)
-        } else if self.lengths + self.encodings > 1 {
+        } else if self.hosts == 0 && self.version == Version::Http11 {
+            Some(HeaderFault::NoHost)
+        } else if self.lengths + self.encodings > 1 || (self.encodings > 0 && self.version == Version::Http10) {
             Some(HeaderFault::Framing)
         } else {
             None
@@ -225,7 +320,7 @@ mod tests {
     use super::*;
 
     fn read(fields: &[(&str, &str)]) -> Headers {
-        let mut headers = Headers::for_target(b"http://h/");
+        let mut headers = Headers::new(b"http://h/", None);
         for (name, value) in fields {
             headers.field(name.as_bytes(), value.as_bytes());
         }
@@ -239,6 +334,10 @@ mod tests {
             (&[("content-length", "1"), ("transfer-encoding", "chunked")], HeaderFault::Framing),
             (&[("content-length", "1"), ("content-length", "1")], HeaderFault::Framing),
             (&[("content-length", "+1")], HeaderFault::Length),
+            (&[("transfer-encoding", "identity, chunked")], HeaderFault::Framing),
+            (&[("transfer-encoding", "chunked, chunked")], HeaderFault::Framing),
+            (&[("transfer-encoding", "\u{b}chunked")], HeaderFault::Framing),
+            (&[("host", "")], HeaderFault::Host),
             (&[("x-a\u{1}", "")], HeaderFault::Name),
             (&[("x a", "")], HeaderFault::Name),
             (&[("", "")], HeaderFault::Name),
@@ -257,6 +356,28 @@ mod tests {
         let fields = vec![("x-a", "1"); 101];
         assert_eq!(read(&fields).fault(), Some(HeaderFault::TooMany));
         assert_eq!(read(fields.get(1..).unwrap_or_default()).fault(), None);
+    }
+
+    #[test]
+    fn what_each_version_demands_is_there() {
+        let fault = |version, fields: &[(&str, &str)]| {
+            let mut headers = read(fields);
+            headers.came_as(version);
+            headers.fault()
+        };
+        assert_eq!(fault(Version::Http11, &[]), Some(HeaderFault::NoHost));
+        assert_eq!(fault(Version::Http10, &[]), None);
+        assert_eq!(fault(Version::Http2, &[]), None);
+        let chunked = [("host", "a"), ("transfer-encoding", "Chunked")];
+        assert_eq!(fault(Version::Http11, &chunked), None);
+        assert_eq!(fault(Version::Http10, &chunked), Some(HeaderFault::Framing));
+    }
+
+    #[test]
+    fn sixty_kibibytes_are_enough() {
+        let long = "x".repeat(30_000);
+        assert_eq!(read(&[("x-a", &long), ("x-b", &long)]).fault(), None);
+        assert_eq!(read(&[("x-a", &long), ("x-b", &long), ("x-c", &long)]).fault(), Some(HeaderFault::TooMany));
     }
 
     #[test]
@@ -285,7 +406,7 @@ mod tests {
     #[test]
     fn the_attempt_is_known_however_it_is_told() {
         let layer = |fields: &[(&str, &str)]| {
-            let mut headers = Headers::for_target(b"/");
+            let mut headers = Headers::new(b"/", None);
             fields.iter().for_each(|(name, value)| headers.field(name.as_bytes(), value.as_bytes()));
             headers.layer()
         };

@@ -4,9 +4,13 @@
 //! be half enforced.
 use serde::Deserialize;
 
+use super::headers::Wanted;
+use super::rates::{ByKind, Limit, RatePlan};
 use crate::model::PathPlan;
 use crate::route::PathPattern;
-use crate::secure::authorize::{RulePlan, Rules};
+use crate::secure::address::{Proxies, ProxiesPlan};
+use crate::secure::authorize::{self, Action, ConditionPlan, PeerPlan, RulePlan, Rules, TextPlan};
+use crate::secure::jwt::{Place, PlaceKind, ProviderPlan, Providers};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -14,10 +18,44 @@ struct ServerPlan {
     service: String,
     mode: Mode,
     identity: String,
+    #[expect(
+        dead_code,
+        reason = "for the readers of a plan; callers of any domain whose bundle we hold are judged by the rules"
+    )]
+    trust_domain: String,
     paths: Paths,
     in_flight: u32,
     rules: Vec<RulePlan>,
     routes: Vec<RouteLabel>,
+    proxies: ProxiesPlan,
+    xfcc: Xfcc,
+    providers: Vec<ProviderPlan>,
+    /// On these paths a token of one of the providers must be shown.
+    jwt_required: Vec<authorize::PathPlan>,
+    rates: Vec<RatePlan>,
+    record: bool,
+}
+
+/// What becomes of x-forwarded-client-cert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Xfcc {
+    /// It never gets in.
+    Sanitize,
+    /// It never gets in; the application is given one that says who the peer of this connection is.
+    SanitizeSet,
+    /// From a trusted proxy it gets in, with the proxy itself added.
+    AppendForward,
+}
+
+impl Xfcc {
+    pub fn word(self) -> &'static str {
+        match self {
+            Xfcc::Sanitize => "sanitize",
+            Xfcc::SanitizeSet => "sanitize_set",
+            Xfcc::AppendForward => "append_forward",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -43,11 +81,12 @@ impl Mode {
     }
 }
 
-#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Paths {
+pub enum Paths {
     Canonical,
     Strict,
+    Redirect,
 }
 
 #[derive(Debug, Deserialize)]
@@ -63,34 +102,135 @@ pub struct Snapshot {
     pub service: String,
     pub identity: String,
     pub mode: Mode,
-    pub is_strict: bool,
+    pub paths: Paths,
     pub in_flight: u32,
     pub rules: Rules,
-    routes: Vec<(String, PathPattern)>,
+    pub wanted: Wanted,
+    /// The rules, the rates or the tokens ask for more than caller, method and path.
+    pub has_questions: bool,
+    pub proxies: Proxies,
+    pub xfcc: Xfcc,
+    pub(super) providers: Option<Tokens>,
+    pub(super) rates: Vec<Limit>,
+    pub is_recorded: bool,
+    routes: Vec<(String, PathPattern, String)>,
+}
+
+/// The providers of tokens together, and all the places where a token may be.
+#[derive(Debug)]
+pub(super) struct Tokens {
+    pub providers: Providers,
+    pub places: Vec<Place>,
+    /// Those of each provider, and whether the application sees its tokens too, by the provider's number.
+    pub terms: Vec<(Vec<Place>, bool)>,
 }
 
 impl Snapshot {
     pub fn compile(json: &[u8]) -> Result<Self, String> {
         let plan: ServerPlan =
             serde_json::from_slice(json).map_err(|error| format!("the server plan can't be read: {error}"))?;
-        let rules = Rules::compile(&plan.rules).map_err(|mistakes| mistakes.join("\n"))?;
+        let mut mistakes = Vec::new();
+        let mut plans = plan.rules;
+        // First of all: a token is missing before anything else is forbidden.
+        if !plan.jwt_required.is_empty() {
+            plans.insert(0, required(format!("{}/jwt", plan.service), plan.jwt_required));
+        }
+        let rules = Rules::compile(&plans).map_err(|found| mistakes.extend(found)).ok();
+        let proxies = Proxies::compile(&plan.proxies).map_err(|found| mistakes.extend(found)).ok();
+        let providers = Tokens::compile(plan.providers).map_err(|found| mistakes.extend(found)).ok();
+        let (Some(rules), Some(proxies), Some(providers)) = (rules, proxies, providers) else {
+            return Err(mistakes.join("\n"));
+        };
+        let places = providers.iter().flat_map(|tokens| &tokens.places).filter_map(|place| match place.kind {
+            PlaceKind::Header => Some(place.name.as_str()),
+            PlaceKind::Cookie => Some("cookie"),
+            PlaceKind::Query => None,
+        });
+        let counted = plan.rates.iter().flat_map(|rate| &rate.by).filter(|by| by.kind == ByKind::Header);
+        let forwarded = (!proxies.is_empty()).then_some("x-forwarded-for");
+        let names = places.chain(counted.map(|by| by.name.as_str())).chain(forwarded).map(Box::from);
+        let wanted = Wanted::new(
+            rules.wanted_headers().into_iter().chain(names),
+            plans.iter().any(|rule| !rule.hosts.is_empty() || !rule.not_hosts.is_empty()),
+        );
         Ok(Self {
             service: plan.service,
             identity: plan.identity,
             mode: plan.mode,
-            is_strict: plan.paths == Paths::Strict,
+            paths: plan.paths,
             in_flight: plan.in_flight,
+            has_questions: wanted.is_host
+                || !wanted.names().is_empty()
+                || plans.iter().any(asks)
+                || providers.is_some()
+                || plan.rates.iter().flat_map(|rate| &rate.by).any(|by| by.kind == ByKind::Client),
             rules,
-            routes: plan.routes.into_iter().map(|route| (route.name, PathPattern::compile(&route.path))).collect(),
+            wanted,
+            proxies,
+            xfcc: plan.xfcc,
+            providers,
+            rates: plan.rates.into_iter().map(Limit::new).collect(),
+            is_recorded: plan.record,
+            routes: plan
+                .routes
+                .into_iter()
+                .map(|route| (route.name, PathPattern::compile(&route.path), route.path.value))
+                .collect(),
         })
     }
 
     /// The first route whose path matches.
     pub fn route(&self, path: &str) -> Option<usize> {
-        self.routes.iter().position(|(_, pattern)| pattern.matches(path))
+        self.routes.iter().position(|(_, pattern, _)| pattern.matches(path))
     }
 
     pub fn route_name(&self, route: usize) -> &str {
-        self.routes.get(route).map_or("", |(name, _)| name)
+        self.routes.get(route).map_or("", |(name, ..)| name)
+    }
+
+    /// What the route's path was written as.
+    pub fn route_path(&self, route: usize) -> &str {
+        self.routes.get(route).map_or("", |(.., path)| path)
+    }
+}
+
+/// Does this rule speak of more than caller, method and path?
+fn asks(rule: &RulePlan) -> bool {
+    let blocks = [&rule.ip_blocks, &rule.not_ip_blocks, &rule.remote_ip_blocks, &rule.not_remote_ip_blocks];
+    let ports = [&rule.ports, &rule.not_ports];
+    blocks.iter().any(|blocks| !blocks.is_empty())
+        || ports.iter().any(|ports| !ports.is_empty())
+        || !rule.when.is_empty()
+}
+
+/// A denial of those who show no token. Every good one has an audience; a subject it need not have.
+fn required(name: String, paths: Vec<authorize::PathPlan>) -> RulePlan {
+    RulePlan {
+        name,
+        action: Action::Deny,
+        from: vec![PeerPlan::Any],
+        when: vec![ConditionPlan {
+            key: "request.auth.audiences".to_owned(),
+            not_values: vec![TextPlan::Any],
+            ..ConditionPlan::default()
+        }],
+        paths,
+        ..RulePlan::default()
+    }
+}
+
+impl Tokens {
+    fn compile(plans: Vec<ProviderPlan>) -> Result<Option<Self>, Vec<String>> {
+        if plans.is_empty() {
+            return Ok(None);
+        }
+        let mut places: Vec<Place> = Vec::new();
+        for place in plans.iter().flat_map(|plan| &plan.from) {
+            if !places.contains(place) {
+                places.push(place.clone());
+            }
+        }
+        let terms = plans.iter().map(|plan| (plan.from.clone(), plan.forward)).collect();
+        Ok(Some(Self { providers: Providers::compile(&plans)?, places, terms }))
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! The status is for the caller, the word for programs, the sentence for the one who runs the service. A table, and nothing else.
 use std::fmt;
+use std::time::Duration;
 
 use super::headers::HeaderFault;
 use super::LONGEST_TARGET;
@@ -16,23 +17,35 @@ pub enum Refusal {
     GrpcMethod,
     Headers(HeaderFault),
     Path(PathError),
+    /// `paths: redirect`, and the target is not the canonical one.
+    Redirect,
     NoIdentity,
+    /// A token was shown that is no good.
+    Token,
+    /// A rule asks for a token, and there is none.
+    NoToken,
     Denied,
+    /// The authorizer of a CUSTOM rule said no, or nothing.
+    Custom,
     Deadline,
     Limit(u32),
+    /// A rate, and how long it is until the next call fits.
+    Rate(Duration),
 }
 
 impl Refusal {
     pub fn status(self) -> u16 {
         match self {
             Refusal::Method | Refusal::Path(_) => 400,
-            Refusal::NoIdentity => 401,
-            Refusal::Denied => 403,
+            Refusal::Redirect => 307,
+            Refusal::NoIdentity | Refusal::Token | Refusal::NoToken => 401,
+            Refusal::Denied | Refusal::Custom => 403,
             // gRPC's table turns 404 into UNIMPLEMENTED.
             Refusal::GrpcMethod => 404,
             Refusal::Trace => 405,
             Refusal::TargetTooLong => 414,
             Refusal::Headers(fault) => fault.status(),
+            Refusal::Rate(_) => 429,
             Refusal::NotReady | Refusal::Limit(_) => 503,
             Refusal::Deadline => 504,
         }
@@ -41,8 +54,9 @@ impl Refusal {
     /// The same as a code of gRPC.
     pub fn grpc_status(self) -> u16 {
         match self {
-            Refusal::NoIdentity => 16,
-            Refusal::Denied => 7,
+            Refusal::NoIdentity | Refusal::Token | Refusal::NoToken => 16,
+            Refusal::Denied | Refusal::Custom => 7,
+            Refusal::Rate(_) => 8,
             Refusal::NotReady | Refusal::Limit(_) => 14,
             Refusal::Deadline => 4,
             _ => 12,
@@ -56,7 +70,11 @@ impl Refusal {
             Refusal::Method | Refusal::Trace | Refusal::GrpcMethod => "secure.method",
             Refusal::Headers(_) => "secure.headers",
             Refusal::NoIdentity => "secure.no_identity",
+            Refusal::Redirect => "secure.redirect",
+            Refusal::Token | Refusal::NoToken => "secure.jwt",
             Refusal::Denied => "secure.denied",
+            Refusal::Custom => "secure.custom",
+            Refusal::Rate(_) => "admit.rate",
             Refusal::Deadline => "deadline.exceeded",
             Refusal::Limit(_) => "admit.limit",
         }
@@ -76,7 +94,18 @@ impl fmt::Display for Refusal {
             Refusal::Headers(fault) => write!(f, "{fault}."),
             Refusal::Path(error) => write!(f, "{error}."),
             Refusal::NoIdentity => f.write_str("the caller proved no identity, and mode enforce lets nobody in without one."),
+            Refusal::Redirect => {
+                f.write_str("the target is not in canonical form, and `paths: redirect` sends the caller to the form that is.")
+            }
+            Refusal::Token => f.write_str("the caller showed a token that is no good."),
+            Refusal::NoToken => f.write_str("the caller showed no token, and this is only for those with one."),
             Refusal::Denied => f.write_str("the caller is not allowed to do this."),
+            Refusal::Custom => f.write_str("the authorizer that a custom rule names did not allow it."),
+            Refusal::Rate(wait) => write!(
+                f,
+                "the caller is above a rate of `inbound.rate`; the next call fits in {:.1} s.",
+                wait.as_secs_f64()
+            ),
             Refusal::Deadline => {
                 f.write_str("the caller's time was spent on arrival; the caller, or what stands before us, is too slow.")
             }

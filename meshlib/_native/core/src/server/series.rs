@@ -75,6 +75,12 @@ impl Series {
         self.count(code);
     }
 
+    /// A request that was let in was refused after all, by a judge outside.
+    pub fn veto(&self, code: u16) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        self.end(code, None);
+    }
+
     fn count(&self, code: u16) {
         let mut codes = self.codes.lock();
         match codes.iter_mut().find(|(known, _)| *known == code) {

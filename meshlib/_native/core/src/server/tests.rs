@@ -7,15 +7,24 @@ const NOW: Duration = Duration::from_secs(100);
 
 fn plan(mode: &str, rules: &str) -> String {
     format!(
-        r#"{{"service":"orders","mode":"{mode}","identity":"spiffe://shop/ns/default/sa/orders","paths":"canonical","in_flight":2,
-            "rules":[{rules}],"routes":[{{"name":"items","path":{{"kind":"template","value":"/items/{{id}}"}}}}]}}"#
+        r#"{{"service":"orders","mode":"{mode}","identity":"spiffe://shop/ns/default/sa/orders","trust_domain":"shop",
+            "paths":"canonical","in_flight":2,"rules":[{}],
+            "routes":[{{"name":"items","path":{{"kind":"template","value":"/items/{{id}}"}}}}],
+            "proxies":{{"identities":[],"cidrs":[],"hops":0}},"xfcc":"sanitize","providers":[],"jwt_required":[],"rates":[],
+            "record":false}}"#,
+        rules.replace("CLAUSES", CLAUSES)
     )
 }
 
+/// What a rule doesn't ask.
+const CLAUSES: &str = r#""authorizer":"","not_from":[],"namespaces":[],"not_namespaces":[],"request_principals":[],
+    "not_request_principals":[],"ip_blocks":[],"not_ip_blocks":[],"remote_ip_blocks":[],"not_remote_ip_blocks":[],
+    "not_methods":[],"not_paths":[],"is_case_insensitive":false,"hosts":[],"not_hosts":[],"ports":[],"not_ports":[],"when":[]"#;
+
 const SHOP_RULE: &str = r#"{"name":"shop","action":"allow","dry_run":false,
-    "from":[{"kind":"exact","value":"spiffe://shop/ns/default/sa/storefront"}],"methods":["GET"],"paths":[]}"#;
+    "from":[{"kind":"exact","value":"spiffe://shop/ns/default/sa/storefront"}],"methods":["GET"],"paths":[],CLAUSES}"#;
 const OPEN_RULE: &str =
-    r#"{"name":"open","action":"allow","dry_run":false,"from":[{"kind":"any"}],"methods":[],"paths":[]}"#;
+    r#"{"name":"open","action":"allow","dry_run":false,"from":[{"kind":"any"}],"methods":[],"paths":[],CLAUSES}"#;
 
 fn gate(mode: &str, rules: &str) -> Gate {
     let gate = Gate::default();
@@ -24,12 +33,18 @@ fn gate(mode: &str, rules: &str) -> Gate {
 }
 
 fn arrive(gate: &Gate, method: &str, target: &str, peer: Option<&str>, fields: &[(&str, &str)]) -> Entry {
-    let mut headers = Headers::for_target(target.as_bytes());
+    let mut headers = gate.headers(target.as_bytes());
     for (name, value) in fields {
         headers.field(name.as_bytes(), value.as_bytes());
     }
     let target = target.as_bytes();
-    gate.begin(&Arrival { method, target, headers: &headers, peer, is_tls: peer.is_some(), now: NOW, deadline: None })
+    let origin = Origin::default();
+    gate.begin(Arrival { method, target, headers, peer, is_tls: peer.is_some(), now: NOW, deadline: None, origin })
+}
+
+fn grpc(gate: &Gate, method: &str, deadline: Option<Duration>) -> Entry {
+    let (headers, origin) = (gate.headers(b"/"), Origin::default());
+    gate.begin_grpc(GrpcArrival { method, headers, peer: Some(SHOP), is_tls: true, now: NOW, deadline, origin })
 }
 
 fn get(gate: &Gate, target: &str, peer: Option<&str>) -> Entry {
@@ -93,17 +108,17 @@ fn malformed_requests_are_refused_in_every_mode() {
 #[test]
 fn an_identity_without_tls_is_none() {
     let gate = gate("enforce", SHOP_RULE);
-    let headers = Headers::for_target(b"/");
-    let arrival = Arrival {
+    let entry = gate.begin(Arrival {
         method: "GET",
         target: b"/",
-        headers: &headers,
+        headers: gate.headers(b"/"),
         peer: Some(SHOP),
         is_tls: false,
         now: NOW,
         deadline: None,
-    };
-    assert_eq!((gate.begin(&arrival).status(), gate.begin(&arrival).peer()), (401, None));
+        origin: Origin::default(),
+    });
+    assert_eq!((entry.status(), entry.peer()), (401, None));
 }
 
 #[test]
@@ -129,9 +144,9 @@ fn a_deadline_is_the_shortest_and_at_most_an_hour() {
     let gate = gate("observe", "");
     let entry = arrive(&gate, "GET", "/", Some(SHOP), &[("x-mesh-deadline-ms", "250"), ("grpc-timeout", "3S")]);
     assert_eq!(entry.deadline(), Some(NOW + Duration::from_millis(250)));
-    let entry = gate.begin_grpc("/a.B/C", Some(SHOP), true, NOW, Some(Duration::MAX));
+    let entry = grpc(&gate, "/a.B/C", Some(Duration::MAX));
     assert_eq!(entry.deadline(), Some(NOW + Duration::from_secs(3600)));
-    assert_eq!(gate.begin_grpc("/a.B/C", Some(SHOP), true, NOW, Some(NOW)).refusal(), Some(Refusal::Deadline));
+    assert_eq!(grpc(&gate, "/a.B/C", Some(NOW)).refusal(), Some(Refusal::Deadline));
 }
 
 #[test]
@@ -150,9 +165,9 @@ fn an_entry_keeps_the_plan_with_which_it_began() {
 fn grpc_methods_are_judged_letter_for_letter() {
     let gate = gate(
         "enforce",
-        r#"{"name":"svc","action":"allow","dry_run":false,"from":[],"methods":[],"paths":[{"kind":"prefix","value":"/app.Svc/"}]}"#,
+        r#"{"name":"svc","action":"allow","dry_run":false,"from":[],"methods":[],"paths":[{"kind":"prefix","value":"/app.Svc/"}],CLAUSES}"#,
     );
-    let grpc = |method| gate.begin_grpc(method, Some(SHOP), true, NOW, None).status();
+    let grpc = |method| grpc(&gate, method, None).status();
     assert_eq!(grpc("/app.Svc/Get"), 0);
     assert_eq!(grpc("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"), 403);
     assert_eq!(grpc("//app.Svc/Get"), 404);

@@ -107,7 +107,7 @@ impl HttpConnection {
         self.settle();
         if let Some(error) = failure {
             // Then nothing of it counts as written: it is safe to send again.
-            self.has_written &= error.kind != ErrorKind::Unprocessed;
+            self.has_written &= !matches!(error.kind, ErrorKind::Unprocessed | ErrorKind::Declined);
             return Err(error);
         }
         result.and(flushed)

@@ -304,8 +304,9 @@ fn ours(what: &'static str) -> Step {
 pub fn explain(error: &h2::Error, is_stale: bool) -> Error {
     let reason = error.reason().unwrap_or(Reason::NO_ERROR);
     if error.is_remote() && (error.is_go_away() || reason == Reason::REFUSED_STREAM) {
+        let kind = if error.is_go_away() { ErrorKind::Unprocessed } else { ErrorKind::Declined };
         return Error::new(
-            ErrorKind::Unprocessed,
+            kind,
             format!("The peer did not process the request ({}).", name(reason)),
             "Likely cause: it is stopping, or has more streams open than it wants. The request is safe to send again.",
         );

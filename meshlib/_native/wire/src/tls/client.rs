@@ -17,9 +17,10 @@ use rustls::{CommonState, SignatureScheme};
 use crate::connection::Protocols;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tls::counts::{Count, Failed, Handshakes};
+use crate::tls::path::{Roots, Side};
 use crate::tls::session::Session;
 use crate::tls::tickets::{target_of, TargetTickets, WonTickets, Worth};
-use crate::tls::verify::{ExpectServer, Peer, Roots, Side, Verifier};
+use crate::tls::verify::{ExpectServer, Peer, Verifier};
 use crate::tls::{explain, is_resumed, kind_of, provider, Failure, Svid};
 
 /// Expected identities with a configuration of their own; above that they are made anew.
@@ -79,6 +80,11 @@ impl TlsClient {
     /// The end of our own proof in Unix seconds; None where we are anonymous.
     pub fn not_after(&self) -> Option<u64> {
         (self.own_not_after != u64::MAX).then_some(self.own_not_after)
+    }
+
+    /// When the first list of revoked certificates should have been replaced, in Unix seconds; None without one.
+    pub fn lists_until(&self) -> Option<u64> {
+        self.verifier.lists_until()
     }
 
     pub fn stats(&self) -> Vec<Count> {

@@ -18,9 +18,10 @@ use rustls::CommonState;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::tls::counts::{Count, Failed, Handshakes};
+use crate::tls::path::{Roots, Side};
 use crate::tls::session::Session;
 use crate::tls::tickets::{GivenTickets, TicketKey};
-use crate::tls::verify::{AnyClient, Peer, Roots, Side, Verifier};
+use crate::tls::verify::{AnyClient, Peer, Verifier};
 use crate::tls::{explain, is_resumed, kind_of, provider, Failure, Svid};
 
 /// One generation of identity as a server.
@@ -65,6 +66,11 @@ impl TlsServer {
     pub fn counting_on(mut self, before: &TlsServer) -> TlsServer {
         self.handshakes = before.handshakes.clone();
         self
+    }
+
+    /// When the first list of revoked certificates should have been replaced, in Unix seconds; None without one.
+    pub fn lists_until(&self) -> Option<u64> {
+        self.verifier.lists_until()
     }
 
     pub fn stats(&self) -> Vec<Count> {

@@ -57,7 +57,7 @@ fn a_bundle_holds_cas_and_nothing_else() {
     for (name, pem) in
         [("td", ""), ("td", "no pem"), ("td", svid.as_str()), ("Td", root.root.as_str()), ("", root.root.as_str())]
     {
-        let error = bundles([(name, pem.as_bytes())]).err().map(|error| error.kind);
+        let error = bundles([(name, pem.as_bytes())], []).err().map(|error| error.kind);
         assert_eq!(Some(ErrorKind::Identity), error, "{name:?}");
     }
 }
@@ -321,6 +321,76 @@ fn an_end_during_the_handshake_is_an_error_of_tls() {
     client.open().unwrap();
     assert_eq!(ErrorKind::Tls, client.receive_eof(&mut Recorder::default()).unwrap_err().kind);
     assert_eq!(1, pair.client.handshakes.counts()[2].1);
+}
+
+// ------------------------------------------------------------------ what a CA has taken back
+
+/// The client's and the server's TLS of a generation that has this list.
+fn with_list(pair: &Pair, client: &Issued, server: &Issued, list: &str) -> (Arc<TlsClient>, Arc<TlsServer>) {
+    let load = || super::bundles([("td", pair.root.root.as_bytes())], [("td", list.as_bytes())]).unwrap();
+    let svid = Some((client.chain.as_bytes(), client.key.as_bytes()));
+    let asking = TlsClient::new(svid, load(), pair.clock.clone()).unwrap().counting_on(&pair.client);
+    let (chain, key) = (server.chain.as_bytes(), server.key.as_bytes());
+    let alpn = vec![b"http/1.1".to_vec()];
+    let answering = TlsServer::new(chain, key, load(), true, alpn, pair.clock.clone()).unwrap();
+    (Arc::new(asking), Arc::new(answering.counting_on(&pair.server)))
+}
+
+#[test]
+fn a_new_list_of_revoked_certificates_is_not_got_around() {
+    for is_client_revoked in [true, false] {
+        let root = Authority::new("root");
+        let client = root.issue(Leaf { serial: Some(1), ..leaf(CLIENT) });
+        let server = root.issue(Leaf { serial: Some(2), ..leaf(SERVER) });
+        let pair = Pair::of(root, Some(&client), &server, true);
+        assert!(!pair.is_resumed(SERVER, "a:1"));
+        assert!(pair.is_resumed(SERVER, "a:1"));
+        let shown: Vec<_> = {
+            let (_, open) = pair.connect(SERVER, "a:1").unwrap();
+            open.state().peer_certificates().unwrap().to_vec()
+        };
+        assert!(pair.server.accepts(&shown));
+
+        let list = pair.root.list(&[if is_client_revoked { 1 } else { 2 }], |_| ());
+        let (new_client, new_server) = with_list(&pair, &client, &server, &list);
+        assert_eq!(Some(START + 24 * HOUR), new_client.lists_until());
+        // Tickets, memory and open connections: none of them knows better than the list.
+        assert_eq!(!is_client_revoked, new_server.accepts(&shown));
+        let error = if is_client_revoked {
+            connect(&pair.client, &new_server, SERVER, "a:1").err().unwrap()
+        } else {
+            connect(&new_client, &pair.server, SERVER, "a:1").err().unwrap()
+        };
+        assert_eq!(ErrorKind::PeerIdentity, error.kind);
+        assert_eq!("The peer did not prove its identity: its certificate was revoked by its CA.", error.message);
+        assert_eq!(0, count(&new_client, "tickets_held"));
+        // Whom it does not name goes on.
+        let other = pair.root.list(&[3], |_| ());
+        let (new_client, new_server) = with_list(&pair, &client, &server, &other);
+        assert!(connect(&new_client, &new_server, SERVER, "a:1").is_ok());
+        assert!(new_server.accepts(&shown));
+    }
+}
+
+#[test]
+fn who_is_revoked_is_told_so() {
+    let root = Authority::new("root");
+    let client = root.issue(Leaf { serial: Some(1), ..leaf(CLIENT) });
+    let server = root.svid(SERVER);
+    let pair = Pair::of(root, Some(&client), &server, true);
+    let (_, answering) = with_list(&pair, &client, &server, &pair.root.list(&[1], |_| ()));
+    let mut asking = HttpConnection::tls(pair.client.clone(), SERVER, "a:1");
+    let mut accepted = TlsConnection::new(answering).unwrap();
+    asking.open().unwrap();
+    let mut heard = None;
+    for _ in 0..4 {
+        accepted.absorb(asking.output());
+        asking.clear_output();
+        let _ = accepted.decrypt();
+        heard = heard.or(asking.receive(accepted.output(), &mut Recorder::default()).err());
+        accepted.clear_output();
+    }
+    assert_eq!("The peer refused our certificate (alert CertificateRevoked).", heard.unwrap().message);
 }
 
 // ------------------------------------------------------------------ how it ends
@@ -642,7 +712,7 @@ fn the_suites_that_processors_are_quick_at_come_first_and_none_is_lost() {
         names.sort();
         names
     };
-    assert_eq!(names(&rustls::crypto::ring::default_provider()), names(&super::provider()));
+    assert_eq!(names(&super::crypto::provider()), names(&super::provider()));
 }
 
 #[test]
@@ -810,7 +880,7 @@ fn a_key_of_tickets_that_a_server_threw_away_costs_a_full_handshake_only() {
     let mut foreign = Foreign::new(&pair.root.svid(SERVER), &rustls::version::TLS13, 1, &pair.clock);
     assert_eq!(Ok(false), foreign.connect(&pair.client, SERVER, "a:1"));
     let mut changed = (*foreign.configuration).clone();
-    changed.ticketer = rustls::crypto::ring::Ticketer::new().unwrap();
+    changed.ticketer = super::crypto::ticketer();
     foreign.configuration = Arc::new(changed);
     assert_eq!(Ok(false), foreign.connect(&pair.client, SERVER, "a:1"));
     assert_eq!(Ok(true), foreign.connect(&pair.client, SERVER, "a:1"));

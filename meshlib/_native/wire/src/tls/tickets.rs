@@ -12,8 +12,6 @@ use std::sync::Arc;
 
 use ahash::AHashMap;
 use parking_lot::Mutex;
-use ring::aead::{Aad, LessSafeKey, Nonce, UnboundKey, AES_256_GCM, NONCE_LEN};
-use ring::rand::{SecureRandom, SystemRandom};
 use rustls::client::{ClientSessionStore, Tls12ClientSessionValue, Tls13ClientSessionValue};
 use rustls::pki_types::ServerName;
 use rustls::server::ProducesTickets;
@@ -21,6 +19,8 @@ use rustls::time_provider::TimeProvider;
 use rustls::NamedGroup;
 
 use crate::tls::counts::{Count, WonCounts};
+use crate::tls::crypto::aead::{Aad, LessSafeKey, Nonce, UnboundKey, AES_256_GCM, NONCE_LEN};
+use crate::tls::crypto::rand::{SecureRandom, SystemRandom};
 use crate::tls::server::Accepting;
 
 /// Targets with tickets, tickets of one target and of all; each ticket holds the peer's chain, so that all are some MB at most.

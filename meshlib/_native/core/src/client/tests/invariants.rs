@@ -12,7 +12,7 @@ use crate::admit::breaker::State;
 use crate::client::carried::deadline_ms;
 use crate::client::fleet::{session_of, Backend, Fleet};
 use crate::client::health::EndpointState;
-use crate::model::Outcome::{Identity, Unwritten};
+use crate::model::Outcome::{Declined, Identity, Unwritten};
 
 mod outages;
 
@@ -324,7 +324,7 @@ impl Walk {
             Reply::Retry => {
                 assert!(!had_others, "a retry beside another attempt");
                 assert!(live.is_replayable || matches!(outcome, Refused | Identity), "half a body was sent again");
-                let is_safe = live.method == "GET" || matches!(outcome, Refused | Unwritten | Identity);
+                let is_safe = live.method == "GET" || matches!(outcome, Refused | Unwritten | Declined | Identity);
                 assert!(is_safe, "{outcome:?} was repeated");
                 if matches!(outcome, Stale | Unwritten) && !live.has_replayed {
                     live.has_replayed = true; // one for which the budget isn't asked
