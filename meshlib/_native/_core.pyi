@@ -231,10 +231,6 @@ class Gate:
     def reset(self) -> None: ...
     def stats(self) -> list[dict[str, Any]]: ...
     def keys(self, provider: str, jwks: bytes | None) -> list[str]: ...  # answers which keys were left out, and why
-    @property
-    def has_questions(self) -> bool: ...  # the policy asks about more than caller, method and path
-    @property
-    def wanted_headers(self) -> list[str]: ...  # the header fields it asks about
     def traffic(
         self,
     ) -> tuple[list[dict[str, Any]], int]: ...  # the calls recorded since the last time, and how many found no place

@@ -68,7 +68,14 @@ class MeshASGI:
         if len(kept) != len(headers) or entry.has_more:
             # From the list that was judged, and from nothing that came later.
             kept = way.handed(entry, peer, headers, kept)
-            await way.consent(entry, peer, kept)
+            try:
+                await way.consent(entry, peer, kept)
+            except BaseException as problem:
+                # Cancelled, while an authorizer was asked: the caller has gone, and the place is free.
+                way.leave(entry, NO_STATUS)
+                if span is not None:
+                    span.end(NO_STATUS, problem)
+                raise
         if entry.status:
             if span is not None:
                 span.end(entry.status, None)

@@ -518,3 +518,44 @@ async def test_the_mesh_rises_with_the_first_call_of_a_process() -> None:
     for _ in range(2):
         assert (await call(MeshASGI(App(), inbound), http_scope())).status == 200
     assert risen == [1]
+
+
+async def test_a_call_that_is_cancelled_while_an_authorizer_is_asked_holds_nothing() -> None:
+    """Its place is free, and its span has ended, before anybody else runs."""
+    ended: list[tuple[int, BaseException | None]] = []
+    asked = asyncio.Event()
+
+    class Span:
+        def __enter__(self) -> Span:
+            return self
+
+        def end(self, status: int, error: BaseException | None) -> None:
+            ended.append((status, error))
+
+    class Observer:
+        def server_span(self, *given: Any, **more: Any) -> Span:
+            return Span()
+
+    class Trust:
+        keys = None
+
+        @property
+        def authorizers(self) -> Trust:
+            return self
+
+        async def ask(self, name: str, inquiry: Any) -> bool:
+            asked.set()
+            await asyncio.Event().wait()
+            return True
+
+    custom = rule("ask", action="custom") | {"authorizer": "slow"}
+    inbound = way(rule("all"), custom, observer=Observer())
+    inbound.trust = Trust()  # type: ignore[assignment]
+    running = asyncio.create_task(call(MeshASGI(App(), inbound), http_scope()))
+    await asyncio.wait_for(asked.wait(), 5)
+    assert in_flight(inbound) == 1
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert in_flight(inbound) == 0
+    assert [(status, type(error)) for status, error in ended] == [(0, asyncio.CancelledError)]

@@ -171,8 +171,12 @@ def test_a_thousand_calls_leave_nothing_behind() -> None:
         gc.collect()
         return len(gc.get_objects())
 
-    before = calls(10)
-    assert abs(calls(1000) - before) < 20
+    def growth() -> int:
+        before = calls(10)
+        return abs(calls(1000) - before)
+
+    # Other tests of this process leave threads behind that come and go: what a call leaves behind is there each time.
+    assert min(growth() for _ in range(3)) < 20
 
 
 # ------------------------------------------------------------------ a second opinion: h11

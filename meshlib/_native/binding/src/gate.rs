@@ -51,16 +51,6 @@ impl Gate {
         Ok(ignored)
     }
 
-    #[getter]
-    fn has_questions(&self) -> bool {
-        self.0.has_questions()
-    }
-
-    #[getter]
-    fn wanted_headers(&self) -> Vec<String> {
-        self.0.wanted_headers().into_iter().map(String::from).collect()
-    }
-
     #[pyo3(signature = (method, target, headers, peer, is_tls, now, deadline = None, wall = 0.0, source = "", port = 0, sni = "", version = ""))]
     #[expect(clippy::too_many_arguments, reason = "one call across the seam for each request")]
     fn begin(

@@ -153,16 +153,6 @@ impl Gate {
         Headers::new(target, self.state.snapshot.read().clone())
     }
 
-    /// The header fields that the policy asks about, in lower case: drivers that have to convert them need convert no others.
-    pub fn wanted_headers(&self) -> Vec<Box<str>> {
-        self.state.snapshot.read().as_ref().map_or(Vec::new(), |snapshot| snapshot.wanted.names().to_vec())
-    }
-
-    /// Does the policy ask about more than caller, method and path?
-    pub fn has_questions(&self) -> bool {
-        self.state.snapshot.read().as_ref().is_some_and(|snapshot| snapshot.has_questions)
-    }
-
     pub fn begin(&self, mut arrival: Arrival<'_>) -> Entry {
         let snapshot = arrival.headers.snapshot.take();
         let mut entry = self.entry(snapshot, arrival.method, arrival.peer, arrival.is_tls, arrival.now);

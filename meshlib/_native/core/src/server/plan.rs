@@ -161,6 +161,7 @@ impl Snapshot {
             in_flight: plan.in_flight,
             has_questions: wanted.is_host
                 || !wanted.names().is_empty()
+                || rules.wants_source()
                 || plans.iter().any(asks)
                 || providers.is_some()
                 || plan.rates.iter().flat_map(|rate| &rate.by).any(|by| by.kind == ByKind::Client),
@@ -194,13 +195,9 @@ impl Snapshot {
     }
 }
 
-/// Does this rule speak of more than caller, method and path?
+/// Does this rule speak of our port, or put a condition?
 fn asks(rule: &RulePlan) -> bool {
-    let blocks = [&rule.ip_blocks, &rule.not_ip_blocks, &rule.remote_ip_blocks, &rule.not_remote_ip_blocks];
-    let ports = [&rule.ports, &rule.not_ports];
-    blocks.iter().any(|blocks| !blocks.is_empty())
-        || ports.iter().any(|ports| !ports.is_empty())
-        || !rule.when.is_empty()
+    !(rule.ports.is_empty() && rule.not_ports.is_empty() && rule.when.is_empty())
 }
 
 /// A denial of those who show no token. Every good one has an audience; a subject it need not have.
