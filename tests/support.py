@@ -56,16 +56,27 @@ def server_rule(name: str, action: str = "allow", **fields: Any) -> dict[str, An
     return {**rule, **fields}
 
 
-def server_plan(*rules: dict[str, Any], **fields: Any) -> bytes:
-    """The inbound plan of a service, as the core reads it; `fields` go over what is usual."""
+def server_plan(*rules: dict[str, Any], in_flight: int = 1024, admission: dict[str, Any] | None = None, **fields: Any) -> bytes:
+    """The inbound plan of a service, as the core reads it; `fields` go over what is usual. Nobody waits, unless `admission` says so."""
     plan: dict[str, Any] = {
         "service": "orders",
         "mode": "enforce",
         "identity": "spiffe://shop.internal/ns/default/sa/orders",
         "trust_domain": TRUST_DOMAIN,
         "paths": "canonical",
-        "in_flight": 1024,
+        "admission": {
+            "in_flight": in_flight,
+            "adaptive": None,
+            "queue": 0.0,
+            "target": 0.005,
+            "interval": 0.1,
+            "shares": [1.0, 1.0, 1.0, 1.0],
+            "priorities": [],
+            "probes": [],
+            **(admission or {}),
+        },
         "rules": list(rules),
+        "public_rules": [],
         "routes": [],
         "proxies": {"identities": [], "cidrs": [], "hops": 0},
         "xfcc": "sanitize",

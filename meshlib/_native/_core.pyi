@@ -43,6 +43,20 @@ __all__ = [
     "OUTCOME_UNWRITTEN",
     "RETRY",
     "SEND",
+    "TARGET",
+    "TODO_ASK",
+    "TODO_CANCEL",
+    "TODO_DEADLINE",
+    "TODO_HEADERS",
+    "TODO_ID",
+    "TODO_KEEP",
+    "TODO_LAYER",
+    "TODO_LOAD",
+    "TODO_PRIORITY",
+    "TODO_RATES",
+    "TODO_REFUSED",
+    "TODO_TRACED",
+    "TODO_WAIT",
     "VERSION",
     "WAIT",
     "Call",
@@ -50,6 +64,7 @@ __all__ = [
     "Entry",
     "Gate",
     "HttpConnection",
+    "Place",
     "TlsClient",
     "TlsConnection",
     "TlsServer",
@@ -59,6 +74,7 @@ __all__ = [
     "normalized_path",
     "parse_jwks",
     "parse_spiffe_id",
+    "passed",
     "verify_chain",
     "verify_jws",
     "verify_jwt",
@@ -196,6 +212,34 @@ class Call:
 
 # ---------------------------------------------------------------- inbound decisions (binding/src/gate.rs)
 
+# The key of a scope under which a server of ours puts the whole target, as it came.
+TARGET: str
+
+# The bits of Entry.todo.
+TODO_REFUSED: int  # it is refused, and over
+TODO_WAIT: int  # it waits for a place
+TODO_HEADERS: int  # header fields are to be put in or taken out
+TODO_ID: int  # it needs a request id in place of its own
+TODO_ASK: int  # an authorizer has to be asked
+TODO_RATES: int  # rates are to be asked that all processes share
+TODO_DEADLINE: int
+TODO_LAYER: int
+TODO_PRIORITY: int
+TODO_LOAD: int  # the caller wants to know our load
+TODO_KEEP: int  # nothing ends when the client goes away
+TODO_CANCEL: int  # the handler ends, too
+TODO_TRACED: int  # the caller has named a trace
+
+def passed(headers: _Headers) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The fields that a handler gets to see, as a list of its own; True: a request id has to be made for it."""
+
+@final
+class Place:
+    """Where a connection came in and who is at its other end: what a server knows of it once and for all of its calls."""
+    def __new__(cls, peer: str, is_tls: bool, source: str, port: int = 0, sni: str = "", is_public: bool = False) -> Place: ...
+    @property
+    def is_public(self) -> bool: ...
+
 @final
 class Gate:
     """All inbound decisions of one process: canonical path, authorisation, admission. State of the Service that we are."""
@@ -215,7 +259,12 @@ class Gate:
         port: int = 0,
         sni: str = "",
         version: str = "",  # of HTTP: "1.0", "1.1" or "2"; "" where it is not known
+        is_public: bool = False,  # it came in at the public listener, which has rules of its own
+        arrived: float
+        | None = None,  # when it came into the process, if that was before now: its deadline and its time count from there
     ) -> Entry: ...
+    def arrive(self, scope: dict[str, Any], place: Place, now: float, wall: float) -> Entry:
+        """`begin` for an ASGI scope. The canonical path and the headers that get in are written into it."""
     def begin_grpc(
         self,
         method: str,
@@ -229,6 +278,8 @@ class Gate:
         port: int = 0,
     ) -> Entry: ...
     def reset(self) -> None: ...
+    def called(self) -> list[int]: ...  # tickets that were called by entries which nobody ended
+    def load(self) -> dict[str, int]: ...  # in_flight, limit, waiting; and since the beginning: calls, errors, refused
     def stats(self) -> list[dict[str, Any]]: ...
     def keys(self, provider: str, jwks: bytes | None) -> list[str]: ...  # answers which keys were left out, and why
     def traffic(
@@ -250,7 +301,26 @@ class Entry:
     def identity(self) -> str: ...  # our own
     @property
     def custom(self) -> str: ...  # the authorizer to ask before the call goes on; "" for none
-    def veto(self) -> None: ...  # it said no: the call is refused, and over
+    def veto(self) -> list[int]: ...  # it said no: the call is refused, and over; the tickets that are called by that
+    @property
+    def todo(self) -> int: ...  # what is left to do, as bits (TODO_…); 0 as a rule
+    @property
+    def ticket(self) -> int: ...  # 0: it has a place. Else it waits until its ticket is called, or `patience` is over
+    @property
+    def is_called(self) -> bool: ...  # its ticket was called before anybody waited for it
+    @property
+    def patience(self) -> float: ...
+    def resume(self, now: float) -> bool: ...  # asked then. True: it has a place; False: it is refused
+    def outrun(self, wait: float) -> list[int]: ...  # a rate that all processes share has no room for so many seconds
+    def stand_in(self, now: float) -> list[int] | None: ...  # its store is away, and we count ourselves: None if it fits
+    @property
+    def priority(self) -> str: ...
+    @property
+    def load_format(self) -> str: ...  # "text" or "json": how the caller wants to be told our load; "" if not
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def peer(self) -> str: ...
     @property
     def claims(self) -> str | None: ...  # the payload of a good token, as JSON
     @property
@@ -291,7 +361,7 @@ class Entry:
     def deadline(self) -> float | None: ...
     @property
     def would_deny(self) -> bool: ...
-    def finish(self, status: int, now: float) -> None: ...
+    def finish(self, status: int, now: float) -> list[int] | None: ...  # the tickets whose turn it is now: None as a rule
     def record(self) -> dict[str, Any]: ...
 
 def canonical_path(target: bytes, strict: bool = False) -> tuple[str, bytes]: ...

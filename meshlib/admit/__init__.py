@@ -5,5 +5,6 @@ of services, which are given back when their holder ends, how many calls may wai
 decides; calls in a time, and calls that a service would refuse anyway. Limits are in the configuration's `admit` sections.
 
 What the engine can't know by itself is found out here: `checks.py` (and `probe.py`) asks endpoints how they are, on the keeper's
-time, and `limiter.py` asks a store for the rates that all processes share. Each is imported only if the configuration wants it.
+time, `limiter.py` asks a store for the rates that all processes share, and `inbound.py` does so for calls that come in. Each is
+imported only if the configuration wants it.
 """

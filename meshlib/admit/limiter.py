@@ -12,7 +12,8 @@ Until it answers the rate does as its `on_failure` says: `local` (the engine's o
 And whoever was refused is refused again without asking, as long as the answer said: an overload is not passed on to the store.
 
 Rates are asked one after the other, in the order of the configuration; what a later one refuses has been counted by the earlier
-ones. Nothing here knows Redis, and local rates never come here: they are the engine's.
+ones. Here are the rates of calls that go out, and what they share with those that come in (`inbound.py`): the stores. Nothing here
+knows Redis, and local rates never come here: they are the engine's.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from meshlib.errors import ConfigError, MeshError, RateLimited
 
 if TYPE_CHECKING:
-    from meshlib.config.policy import Config, RatePolicy
+    from meshlib.config import Config, RatePolicy
 
 logger = logging.getLogger("meshlib.admit")
 
@@ -40,6 +43,8 @@ JITTER = 0.2
 # A refusal is remembered for so many seconds at most, and so many of them.
 REMEMBERED = 1.0
 MAX_REMEMBERED = 4096
+# Nobody is told to wait for longer: no rate is for more than a day.
+LONGEST = 86400.0
 
 
 class GlobalLimiter(Protocol):
@@ -55,48 +60,56 @@ class GlobalLimiter(Protocol):
     def take(self, key: str, calls: int, per: float, burst: int, timeout: float) -> float: ...
 
 
+class Stores:
+    """The stores of one process, each opened once for all that go by it. State of the process.
+
+    A store is kept, with its connections and what is known of it, as long as somebody uses it with the settings that it was opened with.
+    """
+
+    def __init__(self, opener: Callable[[str, Mapping[str, Any]], GlobalLimiter] | None = None) -> None:
+        self._open = opener or open_store
+        self._known: weakref.WeakSet[Store] = weakref.WeakSet()
+
+    def named(self, name: str, settings: Mapping[str, Any]) -> Store:
+        """The store of a name with these settings. Raises ConfigError."""
+        for known in self._known:
+            if (known.name, known.settings) == (name, settings):
+                return known
+        store = Store(name, dict(settings), self._open(name, settings))
+        self._known.add(store)
+        return store
+
+
 class RateGuard:
-    """All global rates of one process: whom to ask, what was answered, and what to do without an answer. State of the process."""
+    """All global rates of one process for calls that go out: whom to ask, what was answered, and what to do without an answer."""
 
     def __init__(
         self,
+        stores: Stores | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         source: random.Random | None = None,
-        opener: Callable[[str, Mapping[str, Any]], GlobalLimiter] | None = None,
     ) -> None:
+        self.stores = stores or Stores()
         self._clock = clock
         self._random = source or random.Random()  # spreads load; nothing secret hangs on it
-        self._open = opener or open_store
-        self._stores: dict[str, _Store] = {}
-        self._rates: dict[str, tuple[_Rate, ...]] = {}
+        self._rates: dict[str, tuple[Counted, ...]] = {}
 
     def prepare(self, config: Config) -> Callable[[], None]:
-        """Open the stores that a configuration names: the part that can fail. Call what it returns to go through with it.
-
-        A store whose settings are as before is kept, with its connections and what is known of it.
-        """
-        stores: dict[str, _Store] = {}
-        rates: dict[str, tuple[_Rate, ...]] = {}
+        """Open the stores that a configuration names: the part that can fail. Call what it returns to go through with it."""
+        rates: dict[str, tuple[Counted, ...]] = {}
         for service in config.services:
             found = config.rates_of(service)
-            for rate in found:
-                if rate.store not in stores:
-                    settings = dict(config.stores[rate.store])
-                    old = self._stores.get(rate.store)
-                    if old is None or old.settings != settings:
-                        old = _Store(rate.store, settings, self._open(rate.store, settings))
-                    stores[rate.store] = old
             if found:
-                rates[service] = tuple(_Rate(f"{config.name}:{service}", rate, stores[rate.store]) for rate in found)
+                prefix = f"{config.name}:{service}"
+                rates[service] = tuple(
+                    Counted(prefix, rate, self.stores.named(rate.store, config.stores[rate.store])) for rate in found
+                )
 
         def apply() -> None:
             for service, fresh in rates.items():
-                # By name, as they are told apart in metrics: with other numbers it is still the same limit.
-                before = {kept.rate.name: kept for kept in self._rates.get(service, ())}
-                for kept in fresh:
-                    kept.count_on(before.get(kept.rate.name))
-            self._stores, self._rates = stores, rates
+                carry_on(fresh, self._rates.get(service, ()))
+            self._rates = rates
 
         return apply
 
@@ -130,62 +143,23 @@ class RateGuard:
         """
         is_standby = False
         for kept in self._rates.get(service, ()):
-            rate, store = kept.rate, kept.store
-            key = kept.key(route, peer, headers)
-            now = self._clock()
-            seconds = store.remembered(key, now)
-            if seconds > 0.0:
-                kept.refused += 1
-                raise _refused(service, rate, seconds)
-            limit = min(store.timeout, end - now)
-            if limit <= 0.0:
+            rate = kept.rate
+            left = end - self._clock()
+            if left <= 0.0:
                 return is_standby  # the engine knows what to say of a call whose time is spent
-            if store.may_be_asked(now, self._pause()):
-                kept.asked += 1
-                try:
-                    if is_blocking:
-                        seconds = store.limiter.take(key, rate.calls, rate.per, rate.burst, limit)
-                    else:
-                        async with asyncio.timeout(limit):
-                            seconds = await store.limiter.take_async(key, rate.calls, rate.per, rate.burst, limit)
-                except Exception as error:
-                    kept.failed += 1
-                    # A call in a hurry says nothing of the store.
-                    if limit == store.timeout or not _is_timeout(error):
-                        store.fail(error, self._clock(), self._pause())
-                else:
-                    store.answered()
-                    if seconds <= 0.0:
-                        continue
-                    store.remember(key, self._clock(), seconds)
-                    kept.refused += 1
-                    raise _refused(service, rate, seconds)
-            else:
-                kept.skipped += 1
-            if rate.on_failure == "closed":
-                raise _unknown(service, rate, store.until - self._clock())
-            is_standby |= rate.on_failure == "local"
+            key = kept.key(route, peer, "", headers)
+            seconds = await kept.ask(key, left, self._clock, self._random, is_blocking=is_blocking)
+            if seconds is None:
+                if rate.on_failure == "closed":
+                    raise _unknown(service, rate, kept.store.until - self._clock())
+                is_standby |= rate.on_failure == "local"
+            elif seconds > 0.0:
+                raise _refused(service, rate, seconds)
         return is_standby
-
-    def _pause(self) -> float:
-        return PAUSE * (1.0 + JITTER * self._random.uniform(-1.0, 1.0))
 
     def stats(self) -> list[dict[str, Any]]:
         """One row per rate: how often its store was `asked`, `failed` to answer or was `skipped`, and calls `refused`."""
-        return [
-            {
-                "service": service,
-                "rate": kept.rate.name,
-                "store": kept.rate.store,
-                "is_away": kept.store.is_away,
-                "asked": kept.asked,
-                "refused": kept.refused,
-                "failed": kept.failed,
-                "skipped": kept.skipped,
-            }
-            for service, rates in sorted(self._rates.items())
-            for kept in rates
-        ]
+        return [kept.row(service) for service, rates in sorted(self._rates.items()) for kept in rates]
 
 
 def open_store(name: str, settings: Mapping[str, Any]) -> GlobalLimiter:
@@ -209,10 +183,10 @@ def open_store(name: str, settings: Mapping[str, Any]) -> GlobalLimiter:
         ) from None
 
 
-class _Store:
+class Store:
     """What is known of one store. State of the process."""
 
-    __slots__ = ("_full", "is_away", "limiter", "name", "settings", "timeout", "until")
+    __slots__ = ("__weakref__", "_full", "is_away", "limiter", "name", "settings", "timeout", "until")
 
     def __init__(self, name: str, settings: dict[str, Any], limiter: GlobalLimiter) -> None:
         self.name = name
@@ -261,23 +235,68 @@ class _Store:
         self._full[key] = now + min(seconds, REMEMBERED)
 
 
-class _Rate:
-    """A rate with its store and what it has counted. State of the Service."""
+class Counted:
+    """A rate with its store and what was counted. State of the Service."""
 
     __slots__ = ("_prefix", "asked", "failed", "rate", "refused", "skipped", "store")
 
-    def __init__(self, prefix: str, rate: RatePolicy, store: _Store) -> None:
+    def __init__(self, prefix: str, rate: RatePolicy, store: Store) -> None:
         self._prefix = f"{prefix}:{rate.name}"
         self.rate = rate
         self.store = store
         self.asked = self.refused = self.failed = self.skipped = 0
 
-    def count_on(self, before: _Rate | None) -> None:
+    def count_on(self, before: Counted | None) -> None:
         """Counters never go back."""
         if before is not None:
             self.asked, self.refused, self.failed, self.skipped = before.asked, before.refused, before.failed, before.skipped
 
-    def key(self, route: str, peer: str | None, headers: Iterable[tuple[bytes, bytes]]) -> str:
+    async def ask(
+        self,
+        key: str,
+        left: float,
+        clock: Callable[[], float],
+        source: random.Random,
+        *,
+        is_blocking: bool,
+    ) -> float | None:
+        """Count a call: 0.0 if it fits, else the seconds until one may; None if nobody can tell. It has `left` seconds.
+
+        Where `is_blocking` it never suspends.
+        """
+        store, rate, now = self.store, self.rate, clock()
+        seconds = store.remembered(key, now)
+        if seconds > 0.0:
+            self.refused += 1
+            return seconds
+        limit = min(store.timeout, left)
+        if not store.may_be_asked(now, _pause(source)):
+            self.skipped += 1
+            return None
+        self.asked += 1
+        try:
+            if is_blocking:
+                seconds = store.limiter.take(key, rate.calls, rate.per, rate.burst, limit)
+            else:
+                async with asyncio.timeout(limit):
+                    seconds = await store.limiter.take_async(key, rate.calls, rate.per, rate.burst, limit)
+            seconds = min(float(seconds), LONGEST)
+            if math.isnan(seconds):
+                raise ValueError("the store answered something that is no number of seconds")
+        except Exception as error:
+            self.failed += 1
+            # A call in a hurry says nothing of the store.
+            if limit == store.timeout or not _is_timeout(error):
+                store.fail(error, clock(), _pause(source))
+            return None
+        store.answered()
+        if seconds > 0.0:
+            store.remember(key, clock(), seconds)
+            self.refused += 1
+            return seconds
+        return 0.0
+
+    def key(self, route: str, peer: str | None, client: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
         """What is counted together. Values go in as a digest: a tenant's token is nobody's business in the store.
 
         What isn't there counts as empty, so that leaving a header out is no way around its limit.
@@ -288,6 +307,8 @@ class _Rate:
                 parts += (b"route", route.encode())
             elif part.kind == "peer":
                 parts += (b"peer", (peer or "").encode())
+            elif part.kind == "client":
+                parts += (b"client", client.encode())
             elif part.kind == "header":
                 wanted = part.name.lower().encode()
                 parts += (wanted, b",".join(value for given, value in headers if given.lower() == wanted))
@@ -297,6 +318,30 @@ class _Rate:
         for piece in parts:
             digest.update(len(piece).to_bytes(8, "big") + piece)
         return f"{self._prefix}:{digest.hexdigest()}"
+
+    def row(self, service: str) -> dict[str, Any]:
+        """What `stats` tells."""
+        return {
+            "service": service,
+            "rate": self.rate.name,
+            "store": self.rate.store,
+            "is_away": self.store.is_away,
+            "asked": self.asked,
+            "refused": self.refused,
+            "failed": self.failed,
+            "skipped": self.skipped,
+        }
+
+
+def carry_on(fresh: Iterable[Counted], before: Iterable[Counted]) -> None:
+    """Rates are told apart by name, as in metrics: with other numbers it is still the same limit, and its counters go on."""
+    known = {kept.rate.name: kept for kept in before}
+    for kept in fresh:
+        kept.count_on(known.get(kept.rate.name))
+
+
+def _pause(source: random.Random) -> float:
+    return PAUSE * (1.0 + JITTER * source.uniform(-1.0, 1.0))
 
 
 def _is_timeout(error: Exception) -> bool:
@@ -320,4 +365,4 @@ def _unknown(service: str, rate: RatePolicy, seconds: float) -> RateLimited:
     )
 
 
-__all__: Sequence[str] = ["GROUP", "GlobalLimiter", "RateGuard", "open_store"]
+__all__: Sequence[str] = ["GROUP", "Counted", "GlobalLimiter", "RateGuard", "Store", "Stores", "carry_on", "open_store"]

@@ -11,8 +11,10 @@ nothing.
 
 from __future__ import annotations
 
+from .inbound_policy import InboundPolicy, PriorityPolicy
 from .load import examine, load, read_endpoints
-from .policy import CheckPolicy, Config, GuardPolicy, RatePart, RatePolicy, RoutePolicy, ServicePolicy
+from .policy import CheckPolicy, Config, GuardPolicy, RoutePolicy, ServicePolicy
+from .rate_policy import RatePart, RatePolicy
 from .schema import json_schema
 from .secure_policy import (
     CredentialPolicy,
@@ -35,7 +37,9 @@ __all__ = [
     "FederationPolicy",
     "GuardPolicy",
     "IdentityChoice",
+    "InboundPolicy",
     "JwksChoice",
+    "PriorityPolicy",
     "ProviderPolicy",
     "ProxiesPolicy",
     "RatePart",

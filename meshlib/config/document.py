@@ -5,7 +5,8 @@ allowed and nothing else: defaults and ranges come from `defaults.py`, single va
 on other sections is checked in `vet.py`, and what finally counts for a service (override over service over system)
 is computed in `policy.py`.
 
-Who is trusted (`secure`) and what goes out (`egress`) is in `secure_document.py`.
+Who is trusted (`secure`) and what goes out (`egress`) is in `secure_document.py`, what comes in (`inbound`) in
+`inbound_document.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from .defaults import override, setting
+from .inbound_document import AdaptiveLimits, Inbound
 from .section import Choice, Closed, Section
-from .secure_document import Egress, EgressOrWord, Inbound, Secure, ServiceSecure
+from .secure_document import Egress, EgressOrWord, Secure, ServiceSecure
 from .values import (
     CheckPath,
     CookieName,
@@ -145,14 +147,6 @@ class Breaker(Section):
     max_ejected: float = setting("admit.breaker.max_ejected")
     slow: Seconds = setting("admit.breaker.slow")
     slow_rate: float = setting("admit.breaker.slow_rate")
-
-
-class AdaptiveLimits(Section):
-    """Between which bounds a limit moves that follows the latency."""
-
-    initial: int = setting("admit.adaptive_limits.initial")
-    least: int = setting("admit.adaptive_limits.least")
-    most: int = setting("admit.adaptive_limits.most")
 
 
 COUNTED_BY: Final = ("service", "route", "peer")
@@ -338,6 +332,7 @@ class Route(Section):
     retry: RouteRetry | None = Field(default=None, description="Over the service's.")
     deadline: Seconds | None = override("deadline", "service")
     stream_idle: Seconds | None = override("stream_idle", "service")
+    on_disconnect: Literal["calls", "handler", "nothing"] = setting("route.on_disconnect")
 
 
 # ---------------------------------------------------------------- the whole

@@ -26,9 +26,23 @@ _OF_RULE: Final = re.compile(r'rule "([0-9]+)": (?:(?:when )?([a-z_]+)[^:]*: )?(
 _OF_PROVIDER: Final = re.compile(r'the provider "([a-z0-9-]+)": (.*)\Z', re.DOTALL)
 
 
+# Nobody comes in by this plan.
+_NO_ADMISSION: Final = {
+    "in_flight": 1,
+    "adaptive": None,
+    "queue": 0.0,
+    "target": 0.005,
+    "interval": 0.1,
+    "shares": [1.0, 1.0, 1.0, 1.0],
+    "priorities": [],
+    "probes": [],
+}
+
+
 def check(text: Text, services: Mapping[str, ServicePolicy], providers: Mapping[str, ProviderPolicy]) -> None:
     """Note what the core refuses. Rules of the system are judged once."""
-    rules = list({rule.place: rule for service in services.values() for rule in service.rules}.values())
+    written = (rule for service in services.values() for rule in (*service.rules, *service.inbound.public_allow))
+    rules = list({rule.place: rule for rule in written}.values())
     for line in _ask(rules, providers.values()):
         of_rule, of_provider = _OF_RULE.match(line), _OF_PROVIDER.match(line)
         place: Path = ()
@@ -72,8 +86,9 @@ def asking(rules: Iterable[RulePolicy], providers: Iterable[ProviderPolicy]) -> 
         "identity": "",
         "trust_domain": "",
         "paths": "canonical",
-        "in_flight": 1,
+        "admission": _NO_ADMISSION,
         "rules": [secure_plan.rule(rule) for rule in numbered],
+        "public_rules": [],
         "routes": [],
         "proxies": secure_plan.proxies(ProxiesPolicy()),
         "xfcc": "sanitize",

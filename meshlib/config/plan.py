@@ -16,8 +16,11 @@ from typing import Any, Final
 from . import document as doc
 from . import secure_plan
 from .defaults import TABLE
+from .inbound_document import AdaptiveLimits
 from .levels import HASHING
-from .policy import Config, GuardPolicy, RatePolicy, RoutePolicy, ServicePolicy, merge
+from .policy import Config, GuardPolicy, RoutePolicy, ServicePolicy, merge
+from .rate_policy import RatePolicy
+from .secure_policy import RulePolicy
 
 Json = dict[str, Any]
 
@@ -39,9 +42,13 @@ def server_plan(config: Config) -> bytes:
             "identity": own.identity,
             "trust_domain": config.trust_domain,
             "paths": config.secure.paths,
-            "in_flight": own.admit.in_flight,
+            "admission": _admission(own),
             "rules": [secure_plan.rule(rule) for rule in own.rules],
-            "routes": [{"name": route.name, "path": _path(route.match.path)} for route in own.routes],
+            "public_rules": [secure_plan.rule(rule) for rule in _public(own)],
+            "routes": [
+                {"name": route.name, "path": _path(route.match.path), "on_disconnect": route.on_disconnect}
+                for route in own.routes
+            ],
             "proxies": secure_plan.proxies(config.proxies),
             "xfcc": config.xfcc,
             "providers": [secure_plan.provider(config.jwt[name]) for name in own.providers],
@@ -101,6 +108,8 @@ def _guard(guard: GuardPolicy) -> Json:
     }
 
 
+# More than any process can do in a second.
+_BOUNDLESS: Final = 1e9
 # What a guard reports for a failure that may be repeated.
 _REPEATABLE: Final = (503,)
 
@@ -144,8 +153,7 @@ def _balance(balance: doc.Balance) -> Json:
 
 
 def _admit(admit: doc.AdmitRules, rates: tuple[RatePolicy, ...], *, connect: float) -> Json:
-    breaker, limits = admit.breaker, admit.adaptive_limits
-    adaptive = {"initial": limits.initial, "least": limits.least, "most": limits.most}
+    breaker = admit.breaker
     return {
         "in_flight": admit.in_flight,
         "pending": admit.pending,
@@ -161,7 +169,7 @@ def _admit(admit: doc.AdmitRules, rates: tuple[RatePolicy, ...], *, connect: flo
             "slow": breaker.slow,
             "slow_rate": float(breaker.slow_rate),
         },
-        "adaptive": adaptive if admit.adaptive == "gradient" else None,
+        "adaptive": _adaptive(admit.adaptive_limits) if admit.adaptive == "gradient" else None,
         "throttle": {"ratio": float(admit.throttle), "window": admit.throttle_window},
         # What a store counts is here only as its stand-in.
         "rate": [_rate(rate) for rate in rates if not rate.is_global or rate.on_failure == "local"],
@@ -180,9 +188,48 @@ def _rate(rate: RatePolicy) -> Json:
 
 
 def _inbound_rate(rate: RatePolicy) -> Json:
+    """A limit of a store, too: the gate has to know that it must be asked for, and stands in for it if the store is away.
+
+    Where nobody is to stand in (on_failure is open or closed), its stand-in is a limit that holds nobody.
+    """
     plan = _rate(rate)
-    del plan["is_standby"]  # each process counts what comes in by itself
+    plan["is_global"] = plan.pop("is_standby")
+    if rate.is_global and rate.on_failure != "local":
+        plan |= {"calls": _BOUNDLESS, "burst": _BOUNDLESS, "per": 1.0}
     return plan
+
+
+def _public(own: ServicePolicy) -> list[RulePolicy]:
+    """What is judged by at the public listener: all that may refuse, and only its own rules that let in. None: nobody gets in."""
+    if own.inbound.public is None:
+        return []
+    return [*(rule for rule in own.rules if rule.action != "allow"), *own.inbound.public_allow]
+
+
+def _admission(own: ServicePolicy) -> Json:
+    inbound = own.inbound
+    return {
+        "in_flight": inbound.in_flight,
+        "adaptive": None if inbound.adaptive is None else _adaptive(inbound.adaptive),
+        # Calls of gRPC don't wait for a place: its servers can't park them yet, so they are refused at once.
+        "queue": 0.0 if own.protocol == "grpc" else inbound.queue,
+        "target": inbound.target,
+        "interval": inbound.interval,
+        "shares": list(inbound.shares),
+        "priorities": [
+            {
+                "from": secure_plan.peers(one.callers),
+                "paths": [secure_plan.path(path) for path in one.paths],
+                "as": one.level,
+            }
+            for one in inbound.priorities
+        ],
+        "probes": [secure_plan.path(path) for path in inbound.probes],
+    }
+
+
+def _adaptive(limits: AdaptiveLimits) -> Json:
+    return {"initial": limits.initial, "least": limits.least, "most": limits.most}
 
 
 def _part(kind: str, name: str) -> Json:

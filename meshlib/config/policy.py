@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 from meshlib.errors import ConfigError, Problem
 
 from . import document as doc
+from .inbound_policy import InboundPolicy, inbound
 from .names import Names
+from .rate_policy import RatePolicy, rates
 from .section import Choice, Section
-from .secure_document import InboundRate, Secure
+from .secure_document import Secure
 from .secure_policy import CredentialPolicy, FederationPolicy, IdentityChoice, ProviderPolicy, ProxiesPolicy, RulePolicy, rules
 from .values import near, some
 
@@ -34,32 +36,7 @@ class RoutePolicy:
     retry: doc.RouteRetry
     deadline: float
     stream_idle: float
-
-
-@dataclass(frozen=True, slots=True)
-class RatePart:
-    """What of a call a limit is counted by: `kind` is service, route, peer, client (calls that come in), or header with its name."""
-
-    kind: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class RatePolicy:
-    """A limit of calls. `store` is "local" or one of the configuration's `stores`."""
-
-    name: str
-    calls: int
-    per: float
-    burst: int
-    by: tuple[RatePart, ...]
-    store: str
-    on_failure: str
-
-    @property
-    def is_global(self) -> bool:
-        """True if all processes are counted together."""
-        return self.store != "local"
+    on_disconnect: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +82,7 @@ class ServicePolicy:
     rules: tuple[RulePolicy, ...]
     providers: tuple[str, ...]
     jwt_required: tuple[str, ...]
-    inbound_rates: tuple[RatePolicy, ...]
+    inbound: InboundPolicy
     observe: doc.Observe
 
     @property
@@ -118,6 +95,16 @@ class ServicePolicy:
     def global_rates(self) -> tuple[RatePolicy, ...]:
         """The limits that all processes are counted for together."""
         return tuple(rate for rate in self.rates if rate.is_global)
+
+    @property
+    def inbound_rates(self) -> tuple[RatePolicy, ...]:
+        """The limits of calls that come in, whoever counts them."""
+        return self.inbound.rates
+
+    @property
+    def inbound_global_rates(self) -> tuple[RatePolicy, ...]:
+        """Those of them that are counted in a store."""
+        return self.inbound.global_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,13 +246,13 @@ def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
         retry=retry,
         balance=merge(document.balance, written.balance),
         admit=admit,
-        rates=_rates(name, admit.rate),
+        rates=rates(f"{name}/rate", admit.rate),
         check=_check(admit.check, written.protocol),
         deadline=deadline,
         rules=(*rules("*", document.secure, names), *rules(name, written.secure, names)),
         providers=tuple(document.secure.jwt) if written.secure.jwt.providers is None else written.secure.jwt.providers,
         jwt_required=written.secure.jwt.require,
-        inbound_rates=_inbound_rates(name, written.inbound.rate),
+        inbound=inbound(name, written.inbound, names, in_flight=admit.in_flight),
         observe=merge(document.observe, written.observe),
     )
 
@@ -277,7 +264,7 @@ def _guard(document: doc.Document, name: str, written: doc.Guard | None) -> Guar
         name=name,
         retry=merge(doc.GuardRetry(), document.retry, retry),
         admit=merged,
-        rates=tuple(rate for rate in _rates(name, merged.rate) if _is_for_functions(rate)),
+        rates=tuple(rate for rate in rates(f"{name}/rate", merged.rate) if _is_for_functions(rate)),
         deadline=document.deadline if deadline is None else deadline,
     )
 
@@ -288,36 +275,6 @@ def _is_for_functions(rate: RatePolicy) -> bool:
     Nobody asks the store for a function, and without headers all calls of a function would be counted as those of one tenant.
     """
     return not rate.is_global and all(part.kind != "header" for part in rate.by)
-
-
-def _rates(owner: str, written: tuple[doc.Rate, ...]) -> tuple[RatePolicy, ...]:
-    return tuple(
-        RatePolicy(
-            name=rate.name or f"{owner}/rate/{index}",
-            calls=rate.calls,
-            per=rate.per,
-            burst=rate.calls if rate.burst is None else rate.burst,
-            by=tuple(dict.fromkeys(RatePart(*part.part) for part in rate.by)),
-            store=rate.store,
-            on_failure=rate.on_failure,
-        )
-        for index, rate in enumerate(written)
-    )
-
-
-def _inbound_rates(service: str, written: tuple[InboundRate, ...]) -> tuple[RatePolicy, ...]:
-    return tuple(
-        RatePolicy(
-            name=rate.name or f"{service}/inbound/{index}",
-            calls=rate.calls,
-            per=rate.per,
-            burst=rate.calls if rate.burst is None else rate.burst,
-            by=tuple(dict.fromkeys(RatePart(*part.part) for part in rate.by)),
-            store="local",
-            on_failure="local",
-        )
-        for index, rate in enumerate(written)
-    )
 
 
 def _check(written: doc.Check | None, protocol: str) -> CheckPolicy | None:
@@ -348,4 +305,5 @@ def _route(service: str, index: int, written: doc.Route, retry: doc.Retry, deadl
         retry=merge(doc.RouteRetry(), retry, written.retry),
         deadline=deadline if written.deadline is None else written.deadline,
         stream_idle=idle if written.stream_idle is None else written.stream_idle,
+        on_disconnect=written.on_disconnect,
     )

@@ -64,6 +64,19 @@ _ELSEWHERE: Final = {
     "ca_bundle": "bundle",
     "roots": "bundle",
     "endpoint_url": "url",
+    "max_concurrency": "in_flight",
+    "max_requests": "in_flight",
+    "concurrency": "in_flight",
+    "max_queue": "queue",
+    "backlog": "queue",
+    "priorities": "priority",
+    "level": "as",
+    "on_cancel": "on_disconnect",
+    "readiness": "probe",
+    "liveness": "probe",
+    "graceful_timeout": "grace",
+    "grace_period": "grace",
+    "shutdown": "drain",
 }
 
 # What people call a secret that has no place in the file.

@@ -1,14 +1,14 @@
 """What may a user write about who is trusted, and with whose word?
 
-The types of `secure`, of a service's `secure` and `inbound`, and of `egress`; the rest of the file is in `document.py`,
-where it is said how these classes are meant. One rule has all conditions of Istio's AuthorizationPolicy. No secret
+The types of `secure`, of a service's `secure`, and of `egress`; the rest of the file is in `document.py`, where it is said
+how these classes are meant. One rule has all conditions of Istio's AuthorizationPolicy. No secret
 stands in this file: keys, tokens and credentials are named by a file or an environment variable, and whoever writes
 one in place of its name is told so without being shown it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -26,7 +26,7 @@ from .rule_values import (
     TokenPrincipal,
     WhenKey,
 )
-from .section import Choice, Closed, Section
+from .section import Closed, Section
 from .secure_values import (
     Algorithm,
     Audience,
@@ -253,48 +253,6 @@ class Secure(Section):
     allow: tuple[Rule, ...] = Field(default=(), description="For all services, beside their own.")
     deny: tuple[Rule, ...] = Field(default=(), description="For all services; wins over every allow.")
     custom: tuple[CustomRule, ...] = Field(default=(), description="For all services.")
-
-
-CALLED_BY: Final = ("service", "route", "peer", "client")
-
-
-def _counted(value: Any) -> Any:
-    return word_of(value, CALLED_BY, {}, f"{', '.join(CALLED_BY)}, or {{header: x-tenant}}")
-
-
-class CallerPart(Choice):
-    """What of a call that comes in a limit is counted by."""
-
-    service: Literal[True] | None = Field(default=None, description="All calls together.")
-    route: Literal[True] | None = Field(default=None, description="Each route for itself.")
-    peer: Literal[True] | None = Field(default=None, description="Each caller, by its proven identity.")
-    client: Literal[True] | None = Field(default=None, description="Each address, as trusted proxies tell.")
-    header: HeaderName | None = Field(default=None, description="Each value of a request header.")
-
-
-class InboundRate(Section):
-    """So many calls in a time may come in. Each process counts its own."""
-
-    name: Title | None = Field(default=None, description='In logs and refusals. Default: "<service>/inbound/<index>".')
-    calls: int = Field(ge=1, le=1_000_000_000, description="Calls in each `per`: 1 to 1000000000. No default.")
-    per: Seconds = setting("admit.rate.per")
-    burst: int | None = Field(default=None, ge=1, le=1_000_000_000, description="Calls at once: 1 to 1000000000. Default: calls.")
-    by: Annotated[
-        tuple[
-            Annotated[
-                CallerPart,
-                BeforeValidator(_counted, json_schema_input_type=CallerPart | Literal["service", "route", "peer", "client"]),
-            ],
-            ...,
-        ],
-        Field(min_length=1),
-    ] = setting("admit.rate.by")
-
-
-class Inbound(Section):
-    """What is admitted of all that comes in."""
-
-    rate: tuple[InboundRate, ...] = Field(default=(), description="Limits in calls per time. All of them count.")
 
 
 class Credential(Closed):

@@ -23,8 +23,8 @@ def rule(rule: RulePolicy) -> Json:
         "action": rule.action,
         "dry_run": rule.is_dry_run,
         "authorizer": rule.authorizer,
-        "from": _peers(rule.callers),
-        "not_from": _peers(rule.not_callers),
+        "from": peers(rule.callers),
+        "not_from": peers(rule.not_callers),
         "namespaces": _texts(rule.namespaces),
         "not_namespaces": _texts(rule.not_namespaces),
         "request_principals": _texts(rule.request_principals),
@@ -79,7 +79,8 @@ def path(written: str) -> Json:
     return {"kind": kind, "value": value}
 
 
-def _peers(callers: Iterable[str]) -> list[Json]:
+def peers(callers: Iterable[str]) -> list[Json]:
+    """Callers, by how they are compared."""
     return [_peer(caller) for caller in callers]
 
 
@@ -93,7 +94,7 @@ def _peer(caller: str) -> Json:
 
 def proxies(proxies: ProxiesPolicy) -> Json:
     """Who is believed about where a call comes from."""
-    return {"identities": _peers(proxies.callers), "cidrs": list(proxies.cidrs), "hops": proxies.hops}
+    return {"identities": peers(proxies.callers), "cidrs": list(proxies.cidrs), "hops": proxies.hops}
 
 
 def provider(provider: ProviderPolicy) -> Json:

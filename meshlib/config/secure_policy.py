@@ -8,7 +8,7 @@ them: they say where it is, and who needs it reads it there.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -168,21 +168,32 @@ def rules(owner: str, written: doc.Secure | doc.ServiceSecure, names: Names) -> 
         ("deny", written.deny),
         ("allow", written.allow),
     )
+    at: tuple[str, ...] = () if owner == "*" else ("services", owner)
     return tuple(
-        RulePolicy(
-            name=rule.name or f"{owner}/{action}/{index}",
-            action=action,
-            callers=names.callers(rule.from_, rule.trust_domains),
-            not_callers=names.callers(rule.not_from, rule.trust_domains),
-            when=tuple(WhenPolicy(one.key, one.values, one.not_values) for one in rule.when),
-            authorizer=rule.authorizer if isinstance(rule, doc.CustomRule) else "",
-            is_case_insensitive=rule.case == "insensitive",
-            is_dry_run=rule.dry_run,
-            place=(*(() if owner == "*" else ("services", owner)), "secure", action, index),
-            **{name: getattr(rule, name) for name in _AS_WRITTEN},
-        )
+        _rule(rule, f"{owner}/{action}/{index}", action, (*at, "secure", action, index), names)
         for action, listed in actions
         for index, rule in enumerate(listed)
+    )
+
+
+def public_rules(service: str, written: Iterable[doc.Rule], names: Names) -> tuple[RulePolicy, ...]:
+    """The rules that let in at the public listener of a service."""
+    at = ("services", service, "inbound", "public", "allow")
+    return tuple(_rule(rule, f"{service}/public/{index}", "allow", (*at, index), names) for index, rule in enumerate(written))
+
+
+def _rule(rule: doc.Rule, name: str, action: str, place: tuple[str | int, ...], names: Names) -> RulePolicy:
+    return RulePolicy(
+        name=rule.name or name,
+        action=action,
+        callers=names.callers(rule.from_, rule.trust_domains),
+        not_callers=names.callers(rule.not_from, rule.trust_domains),
+        when=tuple(WhenPolicy(one.key, one.values, one.not_values) for one in rule.when),
+        authorizer=rule.authorizer if isinstance(rule, doc.CustomRule) else "",
+        is_case_insensitive=rule.case == "insensitive",
+        is_dry_run=rule.dry_run,
+        place=place,
+        **{name: getattr(rule, name) for name in _AS_WRITTEN},
     )
 
 

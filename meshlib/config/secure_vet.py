@@ -22,7 +22,7 @@ from .rule_values import (
     regex,
     token_principal,
 )
-from .secure_document import CallerPart, IdentityWay
+from .secure_document import IdentityWay
 from .secure_values import inward
 from .text import Path, Text
 from .values import DEV_TRUST_DOMAIN, is_name, near, some
@@ -59,7 +59,6 @@ def check(text: Text, raw: Mapping[str, Any], services: Mapping[str, Any]) -> No
             _rules(text, at, service, services, dict(names))
             _one_authorizer(text, at, service, first)
             _required(text, at, service, _mapping(secure, "jwt"))
-            _inbound(text, at, service)
 
 
 # ---------------------------------------------------------------- whose keys
@@ -252,11 +251,14 @@ def _one_authorizer(text: Text, at: Path, owner: Mapping[str, Any], first: str) 
 
 
 def _each_rule(at: Path, owner: Any) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
-    """The raw rules of a service, or of the system, each with its place and action."""
-    for action in _ACTIONS:
-        for index, rule in enumerate(_items(_mapping(owner, "secure").get(action))):
+    """The raw rules of a service, or of the system, each with its place and action; those of its public listener are `public`."""
+    secure, public = _mapping(owner, "secure"), _mapping(_mapping(owner, "inbound"), "public")
+    places: list[tuple[Path, str, Any]] = [((*at, "secure", action), action, secure.get(action)) for action in _ACTIONS]
+    places.append(((*at, "inbound", "public", "allow"), "public", public.get("allow")))
+    for place, action, listed in places:
+        for index, rule in enumerate(_items(listed)):
             if isinstance(rule, dict):
-                yield (*at, "secure", action, index), action, rule
+                yield (*place, index), action, rule
 
 
 def _callers(text: Text, place: Path, rule: Mapping[str, Any], services: Mapping[str, Any]) -> None:
@@ -275,12 +277,13 @@ def _callers(text: Text, place: Path, rule: Mapping[str, Any], services: Mapping
             elif caller == "*" and key == "not_from":
                 text.refuse((*place, key, number), "'*' is anyone: the rule would match nothing", "name callers")
             else:
-                _known(text, (*place, key, number), caller, services)
+                known_caller(text, (*place, key, number), caller, services)
     if has_domains and not is_spread:
         text.refuse((*place, "trust_domains"), "is only for callers such as */ns/a/sa/x", "leave it out, or write such a caller")
 
 
-def _known(text: Text, place: Path, caller: str, services: Mapping[str, Any]) -> None:
+def known_caller(text: Text, place: Path, caller: str, services: Mapping[str, Any]) -> None:
+    """A name of a caller is a service's."""
     if is_name(caller) and caller not in services:
         hint = f'{near(caller, services)}a service ({some(services)}), "*", or a SPIFFE ID'
         text.refuse(place, f"{caller!r} is no service of this file", hint)
@@ -326,7 +329,7 @@ def _proxies(text: Text, secure: Mapping[str, Any], services: Mapping[str, Any])
                 (*place, "identities", number), f"{caller!r} believes everyone", "the services or SPIFFE IDs of your proxies"
             )
         else:
-            _known(text, (*place, "identities", number), caller, services)
+            known_caller(text, (*place, "identities", number), caller, services)
 
 
 def _egress(text: Text, raw: Mapping[str, Any]) -> None:
@@ -341,23 +344,6 @@ def _egress(text: Text, raw: Mapping[str, Any]) -> None:
             if (host, header) in seen:
                 text.refuse(place, f"{host} gets {header} from another entry, too", "one for each host and header")
             seen.add((host, header))
-
-
-def _inbound(text: Text, at: Path, service: Mapping[str, Any]) -> None:
-    names: set[str] = set()
-    for index, rate in enumerate(_items(_mapping(service, "inbound").get("rate"))):
-        if not isinstance(rate, dict):
-            continue
-        place: Path = (*at, "inbound", "rate", index)
-        name = rate.get("name", f"{at[1]}/inbound/{index}")
-        if isinstance(name, str):
-            if name in names:
-                text.refuse((*place, "name"), f"another rate is called {name!r}, too", "refusals tell rates apart by name")
-            names.add(name)
-        for number, part in enumerate(_items(rate.get("by"))):
-            if isinstance(part, dict):
-                ways = tuple(CallerPart.model_fields)
-                _one_of(text, (*place, "by", number), part, ways, known=ways)
 
 
 def _one_of(text: Text, at: Path, given: Mapping[str, Any], ways: tuple[str, ...], *, known: tuple[str, ...]) -> None:

@@ -34,6 +34,9 @@ def warn(found: Text, document: Document, services: Mapping[str, ServicePolicy])
         for rule in service.rules:
             _shape(once, rule, service)
             _facts(once, rule, document, service)
+        for rule in service.inbound.public_allow:
+            _spellings(once, rule)
+            _facts(once, rule, document, service)
 
 
 class _Once:
@@ -93,12 +96,18 @@ def _service(once: _Once, at: Path, service: ServicePolicy) -> None:
 def _shape(once: _Once, rule: RulePolicy, service: ServicePolicy) -> None:
     """Rules that let in, or keep out, something else than one may think."""
     place = rule.place
-    is_deny, is_allow = rule.action == "deny", rule.action == "allow"
+    is_allow = rule.action == "allow"
     if is_allow and "*" in rule.callers and service.mode == "enforce" and not _wants_token(rule):
         message = 'enforce, and "*" lets everyone in whose certificate is valid, whoever it is'
         once.tell((*place, "from"), message, "name the callers")
     if is_allow and any(caller.endswith("/*") and caller.count("/") == 3 for caller in rule.callers):
         once.tell((*place, "from"), "a whole trust domain is allowed", "name the callers")
+    _spellings(once, rule)
+
+
+def _spellings(once: _Once, rule: RulePolicy) -> None:
+    """Conditions that another spelling, or another name, gets around."""
+    place, is_deny, is_allow = rule.place, rule.action == "deny", rule.action == "allow"
     safer = "safer: allow the paths that may be called; what no rule allows is denied"
     if is_deny and (rule.paths or rule.path_regexes):
         message = "DENY by path: a spelling that the application reads differently slips through"

@@ -4,7 +4,8 @@ A name that nothing defines, labels that select nobody, two things of one name, 
 there, an address that development forbids. The checks read the raw values and step over what has the wrong shape
 (the types report that), so that one pass finds all mistakes and a first one never hides a second.
 
-Mistakes about trust are found by `secure_vet.py`. What is allowed, but inert or dangerous, is `warn.py`'s.
+Mistakes about trust are found by `secure_vet.py`, those about what comes in by `inbound_vet.py`. What is allowed, but inert
+or dangerous, is `warn.py`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import levels, secure_vet
+from . import inbound_vet, levels, secure_vet
 from .document import HashPart, RatePart, Sticky
 from .problems import shown
 from .section import Choice
@@ -41,6 +42,7 @@ def check(text: Text, *, is_dev: bool) -> None:
             _choices(text, ("guards", name), guard)
         levels.check(text, raw, services)
         secure_vet.check(text, raw, services)
+        inbound_vet.check(text, raw, services)
 
 
 def _empty(text: Text, raw: Any) -> None:
@@ -75,6 +77,7 @@ def _loopback(text: Text, raw: Any, services: Mapping[str, Any]) -> None:
             continue
         at: Path = ("services", name)
         places.append(((*at, "listen"), service.get("listen")))
+        places += [((*at, "inbound", *keys), address) for keys, address in inbound_vet.addresses(service)]
         places.append(((*at, "observe", "metrics"), _mapping(service, "observe").get("metrics")))
         places.append(((*at, "discover", "dns"), _mapping(service, "discover").get("dns")))
         for index, (_, address) in enumerate(_endpoints(service)):

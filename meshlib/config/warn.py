@@ -1,7 +1,8 @@
 """Which settings are allowed, but do nothing or more than one may think?
 
 Warnings never stop anything: `meshlib vet` prints them beside a configuration that can be used. They are about policies
-filled in, so that a setting that was inherited is seen like one that was written. Who is trusted is `secure_warn.py`'s.
+filled in, so that a setting that was inherited is seen like one that was written. Who is trusted is `secure_warn.py`'s,
+and what comes in `inbound_warn.py`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Final
 
-from . import inert, secure_warn
+from . import inbound_warn, inert, secure_warn
 from .document import Document
 from .policy import GuardPolicy, ServicePolicy
 from .text import Path, Text
@@ -39,6 +40,7 @@ def warnings(
             found.refuse((*at, "retry"), "retries are on, but their budget is 0", "ratio or per_second above 0; or attempts: 0")
     secure_warn.warn(found, document, services)
     inert.warn(found, services, guards)
+    inbound_warn.warn(found, services)
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import meshlib.admit.limiter as module
-from meshlib.admit.limiter import RateGuard, open_store
+from meshlib.admit.limiter import RateGuard, Stores, open_store
 from meshlib.client.way import run
 from meshlib.errors import ConfigError, RateLimited
 from tests.support import mesh_of, write_config
@@ -45,7 +45,7 @@ class Store:
 
 
 def rate(name: str = "r", *by: tuple[str, str], on_failure: str = "local", store: str = "redis", calls: int = 5) -> Any:
-    from meshlib.config.policy import RatePart, RatePolicy
+    from meshlib.config import RatePart, RatePolicy
 
     return RatePolicy(name, calls, 1.0, calls, tuple(RatePart(*part) for part in by or [("service", "")]), store, on_failure)
 
@@ -61,7 +61,7 @@ class Process:
             stores={"redis": {"url": "redis://:secret@host", "timeout": timeout}},
             rates_of=lambda service: rates if service == "orders" else (),
         )
-        self.guard = RateGuard(clock=lambda: self.now, source=random.Random(1), opener=self.open)
+        self.guard = RateGuard(Stores(self.open), clock=lambda: self.now, source=random.Random(1))
         self.guard.prepare(self.config)()
 
     def open(self, name: str, settings: Mapping[str, Any]) -> Store:
@@ -138,7 +138,7 @@ def test_refusals_of_many_callers_do_not_fill_the_memory(monkeypatch: pytest.Mon
     for user in range(1000):
         with pytest.raises(RateLimited):
             process.take((b"x-user", str(user).encode()))
-    assert len(process.guard._stores["redis"]._full) <= 10
+    assert len(process.guard.stores.named("redis", process.config.stores["redis"])._full) <= 10
 
 
 def test_all_rates_count_in_their_order() -> None:

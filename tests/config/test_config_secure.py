@@ -16,7 +16,6 @@ from meshlib.config import (
     IdentityChoice,
     JwksChoice,
     ProxiesPolicy,
-    RatePart,
     TokenPlace,
     load,
 )
@@ -265,6 +264,7 @@ def test_the_core_is_asked_in_a_plan_of_all_fields() -> None:
     config = _golden()
     asked, whole = asking(config.own.rules, config.jwt.values()), json.loads(config.server_plan())
     assert asked.keys() == whole.keys()
+    assert asked["admission"].keys() == whole["admission"].keys()
     assert [rule.keys() for rule in asked["rules"]] == [rule.keys() for rule in whole["rules"]]
     assert asked["providers"][0].keys() == whole["providers"][0].keys()
     assert (expression_fault("/x"), expression_fault("/v[0-9]+/.*")) == ("", "")
@@ -291,17 +291,6 @@ def test_addresses_have_one_spelling(write: Write) -> None:
     assert plan["proxies"] == {"identities": [], "cidrs": ["2001:db8::/32", "192.0.2.7"], "hops": 1}
     assert plan["rules"][0]["ip_blocks"] == ["::1", "10.0.0.0/8"]
     assert plan["rules"][0]["when"][0]["values"] == [{"kind": "exact", "value": "fe80::/10"}]
-
-
-def test_what_comes_in_is_counted_here() -> None:
-    """By the client too; each process counts its own."""
-    rates = _golden().own.inbound_rates
-    assert [(rate.name, rate.calls, rate.per, rate.burst, rate.is_global) for rate in rates] == [
-        ("clients", 100, 1.0, 200, False),
-        ("orders/inbound/1", 1000, 1.0, 1000, False),
-    ]
-    assert rates[0].by == (RatePart("client", ""),)
-    assert [part.kind for part in rates[1].by] == ["peer", "route", "service", "header"]
 
 
 @pytest.mark.parametrize(

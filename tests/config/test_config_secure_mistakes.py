@@ -796,30 +796,6 @@ CASES: dict[str, tuple[str, str, str, str]] = {
     ),
     "paths of another word": (_secure("paths: merge"), "secure.paths", "'merge' is not allowed", "canonical, strict, redirect"),
     "record of a number": (_secure("record: 1"), "secure.record", "must be true, false or a folder", ".meshlib/traffic"),
-    "inbound by a word": (
-        _service("inbound: {rate: [{calls: 1, by: [ip]}]}"),
-        "services.orders.inbound.rate[0].by[0]",
-        "'ip' is not allowed",
-        "service, route, peer, client",
-    ),
-    "inbound by two things at once": (
-        _service("inbound: {rate: [{calls: 1, by: [{client: true, peer: true}]}]}"),
-        "services.orders.inbound.rate[0].by[0]",
-        "peer and client is given",
-        "exactly one of",
-    ),
-    "inbound in a store": (
-        _service("inbound: {rate: [{calls: 1, store: redis}]}"),
-        "services.orders.inbound.rate[0].store",
-        "unknown key",
-        "",
-    ),
-    "inbound rates of one name": (
-        _service("inbound: {rate: [{name: a, calls: 1}, {name: a, calls: 2}]}"),
-        "services.orders.inbound.rate[1].name",
-        "another rate is called 'a'",
-        "",
-    ),
     # ------------------------------------------------------------------------------------------------ egress
     "egress mistyped": (_system("egress: dney"), "egress", "'dney' is not allowed", "did you mean 'deny'?"),
     "egress to everyone": (

@@ -51,7 +51,10 @@ SHOP_RULE = rule("shop", callers=[exact(SHOP)], methods=["GET", "POST"], paths=[
 
 def plan(*rules: dict[str, Any], mode: str = "enforce", **fields: Any) -> bytes:
     template = {"kind": "template", "value": "/orders/{id}"}
-    routes = [{"name": "item", "path": template}, {"name": "all", "path": prefix("/")}]
+    routes = [
+        {"name": "item", "path": template, "on_disconnect": "calls"},
+        {"name": "all", "path": prefix("/"), "on_disconnect": "calls"},
+    ]
     return server_plan(*rules, **{"mode": mode, "in_flight": 100, "routes": routes, **fields})
 
 
@@ -394,6 +397,8 @@ def test_record_tells_the_whole_decision() -> None:
         "reason": "secure.denied",
         "left": None,
         "waited": 0.0,
+        "priority": "critical",
+        "listener": "mesh",
     }
 
 

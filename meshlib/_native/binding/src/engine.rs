@@ -432,10 +432,11 @@ impl Call {
         sample: f64,
     ) -> PyResult<Bound<'py, PyList>> {
         let mut has_trace = false;
-        let mut headers = Vec::with_capacity(given.len() + 4);
+        let wants_report = self.call.extras() & extra::REPORT != 0;
+        let mut headers = Vec::with_capacity(given.len() + 5);
         for pair in given.iter() {
             let name = pair.cast::<PyTuple>()?.get_item(0)?.cast_into::<PyBytes>()?;
-            if carried::is_ours(name.as_bytes()) {
+            if carried::is_ours(name.as_bytes()) || (wants_report && carried::is_load_format(name.as_bytes())) {
                 continue;
             }
             has_trace |= carried::is_trace(name.as_bytes());
@@ -447,6 +448,9 @@ impl Call {
         }
         if self.call.attempts() > 0 {
             headers.push(field(py, carried::ATTEMPT, &self.call.attempts().to_string())?);
+        }
+        if wants_report {
+            headers.push(field(py, carried::LOAD_FORMAT, carried::LOAD_TEXT)?);
         }
         match trace {
             _ if has_trace => {}

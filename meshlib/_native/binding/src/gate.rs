@@ -1,17 +1,22 @@
 //! The inbound way for Python: `Gate`, `Entry`, `canonical_path`. It converts and hands on; mesh-core decides.
 //!
-//! The header list is looked at where it lies: no copy, no Python code called. Locks of the core are held only under the GIL
+//! The header list is looked at where it lies, and an ASGI scope too: no Python code is called for it. Locks of the core are held only under the GIL
 //! (a plan is compiled without it and swapped in with it), so that a fork never finds one taken.
 use std::time::Duration;
 
 use mesh_core::secure::jwt::KeySet;
+use mesh_core::secure::passage::{passage, Passage};
 use mesh_core::secure::path::profile::{normalized, Normalized};
 use mesh_core::server::{
-    Arrival, Entry as CoreEntry, Gate as CoreGate, GrpcArrival, Headers, Mode, Origin, Snapshot, Version,
+    Arrival, Entry as CoreEntry, Gate as CoreGate, GrpcArrival, Headers, Listener, Mode, Origin, Snapshot, Version,
+    Xfcc,
 };
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyKeyError, PyTypeError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
+
+use crate::place::Place;
 
 pyo3::import_exception!(meshlib.errors, ConfigError);
 pyo3::import_exception!(meshlib.errors, Refused);
@@ -19,8 +24,57 @@ pyo3::import_exception!(meshlib.errors, Refused);
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Gate>()?;
     module.add_class::<Entry>()?;
+    module.add("TARGET", TARGET)?;
+    for (name, bit) in [
+        ("TODO_REFUSED", todo::REFUSED),
+        ("TODO_WAIT", todo::WAIT),
+        ("TODO_HEADERS", todo::HEADERS),
+        ("TODO_ID", todo::ID),
+        ("TODO_ASK", todo::ASK),
+        ("TODO_RATES", todo::RATES),
+        ("TODO_DEADLINE", todo::DEADLINE),
+        ("TODO_LAYER", todo::LAYER),
+        ("TODO_PRIORITY", todo::PRIORITY),
+        ("TODO_LOAD", todo::LOAD),
+        ("TODO_KEEP", todo::KEEP),
+        ("TODO_CANCEL", todo::CANCEL),
+        ("TODO_TRACED", todo::TRACED),
+    ] {
+        module.add(name, bit)?;
+    }
+    module.add_function(wrap_pyfunction!(passed, module)?)?;
     module.add_function(wrap_pyfunction!(normalized_path, module)?)?;
     module.add_function(wrap_pyfunction!(canonical_path, module)?)
+}
+
+/// Where a server of ours puts the whole target, as it came over the wire.
+const TARGET: &str = "meshlib.target";
+
+/// What is left to do for an entry, beside letting it in. The bits of `Entry.todo`.
+mod todo {
+    /// It is refused, and over.
+    pub const REFUSED: u32 = 1;
+    /// It waits for a place.
+    pub const WAIT: u32 = 2;
+    /// Header fields are to be put in or taken out.
+    pub const HEADERS: u32 = 4;
+    /// It needs a request id in place of its own.
+    pub const ID: u32 = 8;
+    /// An authorizer has to be asked.
+    pub const ASK: u32 = 16;
+    /// Rates are to be asked that all processes share.
+    pub const RATES: u32 = 32;
+    pub const DEADLINE: u32 = 64;
+    pub const LAYER: u32 = 128;
+    pub const PRIORITY: u32 = 256;
+    /// The caller wants to know our load.
+    pub const LOAD: u32 = 512;
+    /// Nothing ends when the client goes away.
+    pub const KEEP: u32 = 1024;
+    /// The handler ends, too.
+    pub const CANCEL: u32 = 2048;
+    /// The caller has named a trace.
+    pub const TRACED: u32 = 4096;
 }
 
 #[pyclass(frozen, module = "meshlib._native._core")]
@@ -51,7 +105,55 @@ impl Gate {
         Ok(ignored)
     }
 
-    #[pyo3(signature = (method, target, headers, peer, is_tls, now, deadline = None, wall = 0.0, source = "", port = 0, sni = "", version = ""))]
+    /// The inbound way of an ASGI scope that came in at a place. What was judged is written into the scope: the canonical path and
+    /// the headers that get in, as a list of its own. A server of ours has put the target as it came under `TARGET`; another one may
+    /// have lost what an escape was, and gets the strictest reading.
+    fn arrive(&self, scope: &Bound<'_, PyDict>, place: &Place, now: f64, wall: f64) -> PyResult<Entry> {
+        let py = scope.py();
+        let method = item(scope, intern!(py, "method"))?;
+        let method = match &method {
+            Some(method) => method.cast::<PyString>()?.to_str()?,
+            // A WebSocket begins as one.
+            None => "GET",
+        };
+        let target = target_of(scope)?;
+        let target = target.as_bytes();
+        let mut fields = self.0.headers(target);
+        let headers = needed(scope, intern!(py, "headers"))?;
+        let (kept, wants_id, is_traced) = read_and_keep(&mut fields, &headers)?;
+        let version = item(scope, intern!(py, "http_version"))?;
+        let version = version.as_ref().and_then(|version| version.cast::<PyString>().ok());
+        fields.came_as(version.map_or(Ok(Version::Unknown), |version| version.to_str().map(Version::named))?);
+        let is_short = kept.len() != headers.len()?;
+        let entry = Entry {
+            core: self.0.begin(Arrival {
+                method,
+                target,
+                headers: fields,
+                peer: place.peer(),
+                is_tls: place.is_tls,
+                now: duration(now),
+                deadline: None,
+                origin: place.origin(wall),
+            }),
+            is_short,
+            wants_id,
+            is_traced,
+        };
+        scope.set_item(intern!(py, "headers"), kept)?;
+        if entry.core.status() == 0 {
+            let raw = entry.core.raw_path();
+            scope.set_item(intern!(py, "path"), entry.core.path())?;
+            scope.set_item(intern!(py, "raw_path"), PyBytes::new(py, raw.as_bytes()))?;
+            if scope.contains(intern!(py, TARGET))? {
+                let query = target.splitn(2, |byte| *byte == b'?').nth(1).unwrap_or_default();
+                scope.set_item(intern!(py, "query_string"), PyBytes::new(py, query))?;
+            }
+        }
+        Ok(entry)
+    }
+
+    #[pyo3(signature = (method, target, headers, peer, is_tls, now, deadline = None, wall = 0.0, source = "", port = 0, sni = "", version = "", is_public = false, arrived = None))]
     #[expect(clippy::too_many_arguments, reason = "one call across the seam for each request")]
     fn begin(
         &self,
@@ -67,13 +169,20 @@ impl Gate {
         port: u16,
         sni: &str,
         version: &str,
+        is_public: bool,
+        arrived: Option<f64>,
     ) -> PyResult<Entry> {
         let mut fields = self.0.headers(target);
         read_fields(&mut fields, headers)?;
         fields.came_as(Version::named(version));
         let (now, deadline) = (duration(now), deadline.map(duration));
-        let origin = Origin { source, port, sni, wall };
-        Ok(Entry(self.0.begin(Arrival { method, target, headers: fields, peer, is_tls, now, deadline, origin })))
+        // What limits, queues and rates see of time never goes back: only its own time begins earlier.
+        let arrived = arrived.map_or(now, duration).min(now);
+        let deadline = deadline.or_else(|| fields.remaining().map(|left| arrived.saturating_add(left)));
+        let origin = Origin { source, port, sni, wall, listener: listener(is_public) };
+        let mut core = self.0.begin(Arrival { method, target, headers: fields, peer, is_tls, now, deadline, origin });
+        core.waited_before(now.saturating_sub(arrived));
+        Ok(Entry { core, is_short: false, wants_id: false, is_traced: false })
     }
 
     #[pyo3(signature = (method, peer, is_tls, now, deadline = None, metadata = None, wall = 0.0, source = "", port = 0))]
@@ -95,8 +204,18 @@ impl Gate {
             metadata.try_iter()?.try_for_each(|pair| read_metadatum(&mut fields, &pair?))?;
         }
         let (now, deadline) = (duration(now), deadline.map(duration));
-        let origin = Origin { source, port, sni: "", wall };
-        Ok(Entry(self.0.begin_grpc(GrpcArrival { method, headers: fields, peer, is_tls, now, deadline, origin })))
+        let origin = Origin { source, port, sni: "", wall, listener: Listener::Mesh };
+        let core = self.0.begin_grpc(GrpcArrival {
+            method,
+            headers: fields,
+            peer,
+            is_tls,
+            now,
+            deadline,
+            origin,
+            can_wait: false,
+        });
+        Ok(Entry { core, is_short: false, wants_id: false, is_traced: false })
     }
 
     /// The calls that were recorded since the last time, and how many found no place.
@@ -148,6 +267,24 @@ impl Gate {
         self.0.reset();
     }
 
+    /// Tickets that were called since by entries that nobody ended.
+    fn called(&self) -> Vec<u64> {
+        self.0.called()
+    }
+
+    /// How full the house is, and what has come through it.
+    fn load<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let load = self.0.load();
+        let row = PyDict::new(py);
+        row.set_item("in_flight", load.in_flight)?;
+        row.set_item("limit", load.limit)?;
+        row.set_item("waiting", load.waiting)?;
+        row.set_item("calls", load.calls)?;
+        row.set_item("errors", load.errors)?;
+        row.set_item("refused", load.refused)?;
+        Ok(row)
+    }
+
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
         let service = self.0.service();
         let rows = self.0.readings().into_iter().map(|reading| {
@@ -173,6 +310,143 @@ impl Gate {
     }
 }
 
+/// Headers are to be taken out or put in for the handler of this entry.
+fn has_headers(entry: &CoreEntry) -> bool {
+    entry.is_from_proxy() || !entry.token_header().is_empty() || entry.xfcc() != Xfcc::Sanitize
+}
+
+pub fn listener(is_public: bool) -> Listener {
+    if is_public {
+        Listener::Public
+    } else {
+        Listener::Mesh
+    }
+}
+
+fn item<'py>(scope: &Bound<'py, PyDict>, key: &Bound<'py, PyString>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    scope.get_item(key)
+}
+
+fn needed<'py>(scope: &Bound<'py, PyDict>, key: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
+    item(scope, key)?
+        .ok_or_else(|| PyKeyError::new_err(format!("the scope has no {key}: is this a call of an ASGI server?")))
+}
+
+/// The target of a scope: as it came, or put together again, which where an escape was lost is the strictest reading.
+fn target_of<'py>(scope: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyBytes>> {
+    let py = scope.py();
+    if let Some(target) = item(scope, intern!(py, TARGET))? {
+        return Ok(target.cast_into::<PyBytes>()?);
+    }
+    let raw = item(scope, intern!(py, "raw_path"))?.filter(|raw| !raw.is_none());
+    let raw = raw.map(|raw| raw.cast_into::<PyBytes>()).transpose()?.filter(|raw| !raw.as_bytes().is_empty());
+    let query = item(scope, intern!(py, "query_string"))?;
+    let query = query.as_ref().and_then(|query| query.cast::<PyBytes>().ok()).map(|query| query.as_bytes());
+    let query = query.filter(|query| !query.is_empty());
+    let path = match (raw, query) {
+        (Some(raw), None) => return Ok(raw),
+        (Some(raw), _) => raw.as_bytes().to_vec(),
+        (None, _) => {
+            let path = needed(scope, intern!(py, "path"))?;
+            quoted(path.cast::<PyString>()?.to_string_lossy().as_bytes())
+        }
+    };
+    Ok(match query {
+        Some(query) => PyBytes::new(py, &[&path[..], b"?", query].concat()),
+        None => PyBytes::new(py, &path),
+    })
+}
+
+/// A decoded path with escapes for all that could mean something else.
+fn quoted(path: &[u8]) -> Vec<u8> {
+    const HEX: &[u8; 16] = b"0123456789ABCDEF";
+    let mut out = Vec::with_capacity(path.len());
+    for byte in path {
+        if byte.is_ascii_alphanumeric() || b"_.-~/".contains(byte) {
+            out.push(*byte);
+        } else {
+            let digit = |nibble: u8| HEX.get(usize::from(nibble & 15)).copied().unwrap_or(b'0');
+            out.extend([b'%', digit(byte >> 4), digit(*byte)]);
+        }
+    }
+    out
+}
+
+/// The fields of a list that get in, as a list of its own; and whether a request id has to be made for it.
+#[pyfunction]
+fn passed<'py>(headers: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyList>, bool)> {
+    let mut keeper = Keeper::new(headers.py());
+    for pair in headers.try_iter()? {
+        let pair = pair?;
+        with_field(&pair, |name, value| keeper.note(name, value))?;
+        keeper.settle(&pair)?;
+    }
+    let (kept, wants_id, _) = keeper.end();
+    Ok((kept, wants_id))
+}
+
+/// Reads the fields for the gate and keeps those that get in, in one go.
+fn read_and_keep<'py>(fields: &mut Headers, headers: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyList>, bool, bool)> {
+    let mut keeper = Keeper::new(headers.py());
+    let mut take = |pair: &Bound<'py, PyAny>| {
+        with_field(pair, |name, value| {
+            fields.field(name, value);
+            keeper.note(name, value);
+        })?;
+        keeper.settle(pair)
+    };
+    match headers.cast::<PyList>() {
+        Ok(list) => list.iter().try_for_each(|pair| take(&pair))?,
+        Err(_) => headers.try_iter()?.try_for_each(|pair| take(&pair?))?,
+    }
+    Ok(keeper.end())
+}
+
+const TRACEPARENT: &[u8] = b"traceparent";
+
+struct Keeper<'py> {
+    kept: Bound<'py, PyList>,
+    /// What becomes of the field at hand.
+    verdict: Passage,
+    ids: u32,
+    id: Option<Bound<'py, PyAny>>,
+    is_traced: bool,
+}
+
+impl<'py> Keeper<'py> {
+    fn new(py: Python<'py>) -> Self {
+        Self { kept: PyList::empty(py), verdict: Passage::Out, ids: 0, id: None, is_traced: false }
+    }
+
+    fn note(&mut self, name: &[u8], value: &[u8]) {
+        self.verdict = passage(name, value);
+        self.is_traced |= name.len() == TRACEPARENT.len() && name.eq_ignore_ascii_case(TRACEPARENT);
+    }
+
+    fn settle(&mut self, pair: &Bound<'py, PyAny>) -> PyResult<()> {
+        match self.verdict {
+            Passage::In => self.kept.append(pair)?,
+            Passage::Out => {}
+            Passage::Id => {
+                self.ids += 1;
+                self.id = Some(pair.clone());
+            }
+            Passage::BadId => self.ids += 2,
+        }
+        Ok(())
+    }
+
+    /// Of two request ids none counts.
+    fn end(self) -> (Bound<'py, PyList>, bool, bool) {
+        let wants_id = match (self.ids, &self.id) {
+            (0, _) => false,
+            (1, Some(pair)) => self.kept.append(pair).is_err(),
+            _ => true,
+        };
+        (self.kept, wants_id, self.is_traced)
+    }
+}
+
 fn read_fields(fields: &mut Headers, headers: &Bound<'_, PyAny>) -> PyResult<()> {
     match headers.cast::<PyList>() {
         Ok(list) => list.iter().try_for_each(|pair| read_field(fields, &pair)),
@@ -191,12 +465,16 @@ fn read_metadatum(fields: &mut Headers, pair: &Bound<'_, PyAny>) -> PyResult<()>
     Ok(())
 }
 
-/// A pair is a tuple of bytes as a rule; ASGI allows any two-item sequence.
 fn read_field(fields: &mut Headers, pair: &Bound<'_, PyAny>) -> PyResult<()> {
+    with_field(pair, |name, value| fields.field(name, value))
+}
+
+/// A pair is a tuple of bytes as a rule; ASGI allows any two-item sequence.
+fn with_field(pair: &Bound<'_, PyAny>, take: impl FnOnce(&[u8], &[u8])) -> PyResult<()> {
     if let Ok(pair) = pair.cast::<PyTuple>() {
         if let (Ok(name), Ok(value)) = (pair.get_borrowed_item(0), pair.get_borrowed_item(1)) {
             if let (Ok(name), Ok(value)) = (name.cast::<PyBytes>(), value.cast::<PyBytes>()) {
-                fields.field(name.as_bytes(), value.as_bytes());
+                take(name.as_bytes(), value.as_bytes());
                 return Ok(());
             }
         }
@@ -205,7 +483,7 @@ fn read_field(fields: &mut Headers, pair: &Bound<'_, PyAny>) -> PyResult<()> {
     let (name, value) = (pair.get_item(0).map_err(|_| wrong())?, pair.get_item(1).map_err(|_| wrong())?);
     let name = name.cast::<PyBytes>().map_err(|_| wrong())?;
     let value = value.cast::<PyBytes>().map_err(|_| wrong())?;
-    fields.field(name.as_bytes(), value.as_bytes());
+    take(name.as_bytes(), value.as_bytes());
     Ok(())
 }
 
@@ -215,152 +493,238 @@ fn duration(seconds: f64) -> Duration {
 }
 
 #[pyclass(frozen, module = "meshlib._native._core")]
-struct Entry(CoreEntry);
+struct Entry {
+    core: CoreEntry,
+    /// Fields were left out of the headers.
+    is_short: bool,
+    wants_id: bool,
+    is_traced: bool,
+}
 
 #[pymethods]
 impl Entry {
     #[getter]
     fn status(&self) -> u16 {
-        self.0.status()
+        self.core.status()
     }
 
     fn spend(&self) {
-        self.0.spend();
+        self.core.spend();
     }
 
     #[getter]
     fn is_spent(&self) -> bool {
-        self.0.is_spent()
+        self.core.is_spent()
     }
 
     #[getter]
     fn has_more(&self) -> bool {
-        self.0.has_more()
+        self.core.has_more()
     }
 
     #[getter]
     fn identity(&self) -> &str {
-        self.0.identity()
+        self.core.identity()
     }
 
     /// The authorizer to be asked before the call goes on; "" for none.
     #[getter]
     fn custom(&self) -> &str {
-        self.0.authorizer()
+        self.core.authorizer()
     }
 
-    fn veto(&self) {
-        self.0.veto();
+    fn veto(&self) -> Vec<u64> {
+        self.core.veto()
+    }
+
+    /// What is left to do, as bits; 0 as a rule.
+    #[getter]
+    fn todo(&self) -> u32 {
+        let core = &self.core;
+        let bit = |is_set: bool, bit: u32| if is_set { bit } else { 0 };
+        if core.status() != 0 {
+            return todo::REFUSED | bit(!core.load_format().is_empty(), todo::LOAD);
+        }
+        let hears = self.is_short && (core.is_believed() || core.is_from_proxy());
+        bit(core.ticket() != 0, todo::WAIT)
+            | bit(hears || has_headers(core), todo::HEADERS)
+            | bit(self.wants_id, todo::ID)
+            | bit(!core.authorizer().is_empty(), todo::ASK)
+            | bit(core.wants_rates(), todo::RATES)
+            | bit(core.deadline().is_some(), todo::DEADLINE)
+            | bit(core.layer() != 0, todo::LAYER)
+            | bit(core.priority() != "critical", todo::PRIORITY)
+            | bit(!core.load_format().is_empty(), todo::LOAD)
+            | bit(self.is_traced, todo::TRACED)
+            | match core.on_disconnect() {
+                0 => todo::KEEP,
+                2 => todo::CANCEL,
+                _ => 0,
+            }
+    }
+
+    /// It waits for a place until its ticket is called, 0 if it doesn't; `patience` seconds at most, and then it asks `resume`.
+    #[getter]
+    fn ticket(&self) -> u64 {
+        self.core.ticket()
+    }
+
+    /// Its ticket was called already: it need not wait.
+    #[getter]
+    fn is_called(&self) -> bool {
+        self.core.is_called()
+    }
+
+    #[getter]
+    fn patience(&self) -> f64 {
+        self.core.patience().as_secs_f64()
+    }
+
+    /// True: it has a place. False: it is refused, and over.
+    fn resume(&self, now: f64) -> bool {
+        self.core.resume(duration(now))
+    }
+
+    /// A rate that all processes share has no room: refused, for so many seconds. Answers the tickets that are called by that.
+    fn outrun(&self, wait: f64) -> Vec<u64> {
+        self.core.outrun(duration(wait))
+    }
+
+    /// The store of such a rate is away, and this process counts by itself: None if the call fits.
+    fn stand_in(&self, now: f64) -> Option<Vec<u64>> {
+        self.core.stand_in(duration(now))
+    }
+
+    #[getter]
+    fn priority(&self) -> &'static str {
+        self.core.priority()
+    }
+
+    #[getter]
+    fn load_format(&self) -> &'static str {
+        self.core.load_format()
+    }
+
+    #[getter]
+    fn is_over(&self) -> bool {
+        self.core.is_over()
+    }
+
+    #[getter]
+    fn peer(&self) -> &str {
+        self.core.peer().unwrap_or("")
     }
 
     /// The payload of a good token; None without one.
     #[getter]
     fn claims(&self) -> Option<&str> {
-        self.0.claims().map(|claims| claims.json())
+        self.core.claims().map(|claims| claims.json())
     }
 
     #[getter]
     fn principal(&self) -> &str {
-        self.0.claims().map_or("", |claims| claims.principal())
+        self.core.claims().map_or("", |claims| claims.principal())
     }
 
     #[getter]
     fn token_header(&self) -> &str {
-        self.0.token_header()
+        self.core.token_header()
     }
 
     #[getter]
     fn wants_keys(&self) -> &str {
-        self.0.wants_keys()
+        self.core.wants_keys()
     }
 
     #[getter]
     fn client(&self) -> String {
-        self.0.client().map_or(String::new(), |client| client.to_string())
+        self.core.client().map_or(String::new(), |client| client.to_string())
     }
 
     #[getter]
     fn is_from_proxy(&self) -> bool {
-        self.0.is_from_proxy()
+        self.core.is_from_proxy()
     }
 
     #[getter]
     fn is_believed(&self) -> bool {
-        self.0.is_believed()
+        self.core.is_believed()
     }
 
     #[getter]
     fn xfcc(&self) -> &'static str {
-        self.0.xfcc().word()
+        self.core.xfcc().word()
     }
 
     #[getter]
     fn location(&self) -> &str {
-        self.0.location()
+        self.core.location()
     }
 
     #[getter]
     fn retry_after(&self) -> Option<f64> {
-        self.0.retry_after().map(|wait| wait.as_secs_f64())
+        self.core.retry_after().map(|wait| wait.as_secs_f64())
     }
 
     #[getter]
     fn layer(&self) -> u32 {
-        self.0.layer()
+        self.core.layer()
     }
 
     #[getter]
     fn reason(&self) -> &'static str {
-        self.0.reason()
+        self.core.reason()
     }
 
     #[getter]
     fn rule(&self) -> &str {
-        self.0.rule()
+        self.core.rule()
     }
 
     #[getter]
     fn detail(&self) -> String {
-        self.0.detail()
+        self.core.detail()
     }
 
     #[getter]
     fn method(&self) -> &str {
-        self.0.method()
+        self.core.method()
     }
 
     #[getter]
     fn path(&self) -> &str {
-        self.0.path()
+        self.core.path()
     }
 
     #[getter]
     fn raw_path(&self) -> &[u8] {
-        self.0.raw_path().as_bytes()
+        self.core.raw_path().as_bytes()
     }
 
     #[getter]
     fn route(&self) -> &str {
-        self.0.route()
+        self.core.route()
     }
 
     #[getter]
     fn deadline(&self) -> Option<f64> {
-        self.0.deadline().map(|end| end.as_secs_f64())
+        self.core.deadline().map(|end| end.as_secs_f64())
     }
 
     #[getter]
     fn would_deny(&self) -> bool {
-        self.0.would_deny()
+        self.core.would_deny()
     }
 
-    fn finish(&self, status: u16, now: f64) {
-        self.0.finish(status, duration(now));
+    /// The call is over. Answers the tickets of those whose turn it is now: None as a rule.
+    fn finish(&self, status: u16, now: f64) -> Option<Vec<u64>> {
+        let called = self.core.finish(status, duration(now));
+        (!called.is_empty()).then_some(called)
     }
 
     /// Everything about the decision, for logs and `explain`; slower than the decision.
     fn record<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let entry = &self.0;
+        let entry = &self.core;
         let record = PyDict::new(py);
         record.set_item("service", entry.service())?;
         record.set_item("protocol", if entry.is_grpc() { "grpc" } else { "http" })?;
@@ -382,12 +746,20 @@ impl Entry {
         record.set_item("reason", entry.reason())?;
         record.set_item("detail", entry.detail())?;
         record.set_item("left", entry.deadline().map(|end| end.saturating_sub(entry.begun()).as_secs_f64()))?;
-        record.set_item("waited", 0.0)?;
+        record.set_item("waited", entry.waited().as_secs_f64())?;
+        record.set_item("priority", entry.priority())?;
+        record.set_item("listener", if entry.is_public() { "public" } else { "mesh" })?;
         Ok(record)
     }
 
     fn __repr__(&self) -> String {
-        format!("<Entry {:?} {:?} status={} rule={:?}>", self.0.method(), self.0.path(), self.0.status(), self.0.rule())
+        format!(
+            "<Entry {:?} {:?} status={} rule={:?}>",
+            self.core.method(),
+            self.core.path(),
+            self.core.status(),
+            self.core.rule()
+        )
     }
 }
 

@@ -7,6 +7,7 @@ mod engine;
 mod errors;
 mod gate;
 mod jwt;
+mod place;
 mod wire;
 
 #[pymodule]
@@ -15,5 +16,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     engine::register(module)?;
     gate::register(module)?;
     jwt::register(module)?;
+    place::register(module)?;
     wire::register(module)
 }

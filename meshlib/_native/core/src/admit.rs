@@ -4,6 +4,7 @@
 //! breaker.rs   is this endpoint fit to be called?            state of an Endpoint, with its window.rs
 //! permits.rs   how many at once, and how many may wait?      of Services and Endpoints
 //! adaptive.rs  how many at once, learnt from latency
+//! queue.rs     who goes next, where there are too few places? of the Service that we are, with priority.rs
 //! rate.rs      how many in a time?
 //! throttle.rs  does the Service take what we send?
 //! ```
@@ -12,6 +13,8 @@
 pub mod adaptive;
 pub mod breaker;
 pub mod permits;
+pub mod priority;
+pub mod queue;
 pub mod rate;
 pub mod throttle;
 pub mod window;

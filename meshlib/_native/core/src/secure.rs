@@ -8,4 +8,5 @@ pub mod address;
 pub mod authorize;
 mod crypto;
 pub mod jwt;
+pub mod passage;
 pub mod path;

@@ -4,46 +4,49 @@
 //! observe > secure > admit > route > handle
 //! ```
 //!
-//! `begin` goes the way down and answers with an `Entry`; the driver hands the call to the application if its status is 0, and
-//! `finish` goes the way back. A refusal is counted at once and holds nothing. An entry pins the snapshot of the plan with which it
-//! began. Before the first plan is published everything is refused: no plan is not an empty plan.
+//! `begin` goes the way down and answers with an `Entry`: refused (it has a status), waiting for a place (it has a ticket, `wait`), or
+//! in, and then the driver hands the call to the application, and `finish` goes the way back. A refusal is counted at once and holds
+//! nothing. An entry pins the snapshot of the plan with which it began. Before the first plan is published everything is refused: no
+//! plan is not an empty plan.
 //!
 //! What a mode makes of a verdict stands in `Mode::enforces` and nowhere else. Malformed requests, spent deadlines and full houses
 //! are refused in every mode: a mode is about trust. It does no I/O and reads no clock.
 use std::borrow::Cow;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::admit::permits::InFlight;
-use crate::secure::address::{self, client_of};
-use crate::secure::authorize::{is_grpc_method, is_method, Verdict};
-use crate::secure::jwt::{KeySet, PlaceKind, TokenFault};
-use crate::secure::path::profile::redirect;
-use crate::secure::path::{canonical, Path};
+use crate::admit::adaptive::Adaptive;
+use crate::admit::priority::Priority;
+use crate::admit::queue::{Queue, Terms};
+use crate::secure::authorize::Verdict;
+use crate::secure::jwt::KeySet;
+use crate::secure::path::Path;
 
+mod admission;
 mod entry;
 mod facts;
 mod headers;
 mod plan;
 mod rates;
 mod refusal;
+mod secure;
 mod series;
 mod tokens;
 mod traffic;
+mod wait;
 
+use entry::Phase;
 use facts::Facts;
-pub use facts::Origin;
-pub use headers::{HeaderFault, Headers, Version};
-pub use plan::{Mode, Snapshot, Xfcc};
-use plan::{Paths, Tokens};
-use rates::{Caller, Counts};
+pub use facts::{Listener, Origin};
+pub use headers::{HeaderFault, Headers, LoadFormat, Version};
+pub use plan::{Mode, OnDisconnect, Snapshot, Xfcc};
+use rates::Counts;
 pub use refusal::Refusal;
 pub use series::Reading;
 use series::{Series, Table};
-use tokens::Found;
 pub use traffic::Observed;
 use traffic::Traffic;
 
@@ -59,8 +62,9 @@ pub struct Gate {
 #[derive(Debug, Default)]
 struct State {
     snapshot: RwLock<Option<Arc<Snapshot>>>,
-    in_flight: InFlight,
-    /// Counts forks: permits of another generation are not ours to give back.
+    queue: Queue,
+    adaptive: Adaptive,
+    /// Counts forks: places of another generation are not ours to give back.
     generation: AtomicU32,
     table: Table,
     counts: Counts,
@@ -93,6 +97,22 @@ pub struct GrpcArrival<'a> {
     pub now: Duration,
     pub deadline: Option<Duration>,
     pub origin: Origin<'a>,
+    /// The driver parks an entry that has a ticket. Where it can't, the call finds a place at once or is refused.
+    pub can_wait: bool,
+}
+
+/// What a service tells of its load.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    pub in_flight: u32,
+    /// How many may be; 0 before the first plan.
+    pub limit: u32,
+    pub waiting: u32,
+    /// Calls that were let in and have ended, and how many of them with a fault of ours.
+    pub calls: u64,
+    pub errors: u64,
+    /// Calls that were refused, for whatever reason.
+    pub refused: u64,
 }
 
 /// One call on its way in.
@@ -103,6 +123,7 @@ pub struct Entry {
     series: Option<Arc<Series>>,
     is_grpc: bool,
     is_tls: bool,
+    listener: Listener,
     method: Cow<'static, str>,
     peer: Option<String>,
     path: Option<Path>,
@@ -115,14 +136,27 @@ pub struct Entry {
     /// It showed a token that is no good, where the rules don't bind.
     is_misled: bool,
     begun: Duration,
+    /// How long it was in the process before anybody asked.
+    before: Duration,
     deadline: Option<Duration>,
     layer: u32,
     generation: u32,
-    is_done: AtomicBool,
+    load_format: LoadFormat,
+    priority: Priority,
+    /// It needs no place, and holds none.
+    is_probe: bool,
+    /// Of one that had to wait, and for how long at most.
+    ticket: u64,
+    patience: Duration,
+    /// Nanoseconds that it did wait.
+    waited: AtomicU64,
+    /// How many places were taken when it took its own, with it.
+    crowd: AtomicU32,
+    phase: AtomicU8,
+    /// Why it was refused after it had been let in, or after it had waited.
+    late: OnceLock<Refusal>,
     /// A call that its handler made has failed for good.
     is_spent: AtomicBool,
-    /// The authorizer that a CUSTOM rule names said no.
-    is_vetoed: AtomicBool,
 }
 
 impl Gate {
@@ -135,6 +169,8 @@ impl Gate {
             }
         }
         *self.state.snapshot.write() = Some(Arc::new(snapshot));
+        // There may be more places now, and nobody has to give one back before they are taken.
+        self.state.queue.revise(&self.state.terms());
     }
 
     /// The keys by which a provider's tokens are verified from now on; None: none of them is believed.
@@ -156,14 +192,16 @@ impl Gate {
     pub fn begin(&self, mut arrival: Arrival<'_>) -> Entry {
         let snapshot = arrival.headers.snapshot.take();
         let mut entry = self.entry(snapshot, arrival.method, arrival.peer, arrival.is_tls, arrival.now);
+        entry.listener = arrival.origin.listener;
         entry.layer = arrival.headers.layer();
+        entry.load_format = arrival.headers.load_format();
         let deadline =
             arrival.deadline.or_else(|| arrival.headers.remaining().map(|left| arrival.now.saturating_add(left)));
         let refusal = entry
             .secure(&arrival)
             .or_else(|| entry.learn(&mut arrival.headers, &arrival.origin, arrival.target))
             .or_else(|| entry.authorize())
-            .or_else(|| entry.admit(deadline));
+            .or_else(|| entry.admit(deadline, arrival.headers.priority(), true));
         entry.settle(refusal)
     }
 
@@ -172,20 +210,41 @@ impl Gate {
         let snapshot = arrival.headers.snapshot.take();
         let mut entry = self.entry(snapshot, "POST", arrival.peer, arrival.is_tls, arrival.now);
         entry.is_grpc = true;
+        entry.listener = arrival.origin.listener;
+        entry.load_format = arrival.headers.load_format();
         let refusal = entry
             .secure_grpc(arrival.method)
             .or_else(|| entry.learn(&mut arrival.headers, &arrival.origin, b""))
             .or_else(|| entry.authorize())
-            .or_else(|| entry.admit(arrival.deadline));
+            .or_else(|| entry.admit(arrival.deadline, arrival.headers.priority(), arrival.can_wait));
         entry.settle(refusal)
     }
 
     /// In a forked child nothing of the parent's is under way, and what it counted is the parent's to tell.
     pub fn reset(&self) {
         self.state.generation.fetch_add(1, Ordering::Relaxed);
-        self.state.in_flight.clear();
+        self.state.queue.clear();
         self.state.table.clear();
         self.state.traffic.clear();
+    }
+
+    /// The tickets that were called by what gives no answer: by an entry that was dropped or went in vain, by one that crowds
+    /// another out, by a plan with more places. Costs nothing where there are none.
+    pub fn called(&self) -> Vec<u64> {
+        self.state.queue.called()
+    }
+
+    pub fn load(&self) -> Load {
+        let totals = self.state.table.totals();
+        let snapshot = self.state.snapshot.read();
+        Load {
+            in_flight: self.state.queue.count(),
+            limit: snapshot.as_ref().map_or(0, |snapshot| snapshot.admission.limit(&self.state.adaptive)),
+            waiting: self.state.queue.waiting(),
+            calls: totals.calls,
+            errors: totals.faults,
+            refused: totals.refused,
+        }
     }
 
     /// The calls that were recorded since the last time, how often each, and how many found no place.
@@ -243,6 +302,7 @@ impl Gate {
             series: None,
             is_grpc: false,
             is_tls,
+            listener: Listener::Mesh,
             method: interned(method),
             peer: peer.filter(|peer| is_tls && !peer.is_empty()).map(str::to_owned),
             path: None,
@@ -253,14 +313,34 @@ impl Gate {
             location: None,
             is_misled: false,
             begun: now,
+            before: Duration::ZERO,
             deadline: None,
             layer: 0,
             generation: self.state.generation.load(Ordering::Relaxed),
+            load_format: LoadFormat::Nothing,
+            priority: Priority::default(),
+            is_probe: false,
+            ticket: 0,
+            patience: Duration::ZERO,
+            waited: AtomicU64::new(0),
+            crowd: AtomicU32::new(0),
             // Until it is settled it holds nothing that could be given back.
-            is_done: AtomicBool::new(true),
+            phase: AtomicU8::new(Phase::Over as u8),
+            late: OnceLock::new(),
             is_spent: AtomicBool::new(false),
-            is_vetoed: AtomicBool::new(false),
         }
+    }
+}
+
+impl State {
+    /// By the newest plan, whoever asks.
+    fn terms(&self) -> Terms {
+        let snapshot = self.snapshot.read();
+        snapshot.as_ref().map_or(Terms::default(), |snapshot| snapshot.admission.terms(&self.adaptive))
+    }
+
+    fn give_back(&self, now: Option<Duration>) {
+        self.queue.give_back(now, || self.terms());
     }
 }
 
@@ -275,178 +355,7 @@ fn interned(method: &str) -> Cow<'static, str> {
     }
 }
 
-// The way down, phase by phase: None is "go on".
 impl Entry {
-    fn secure(&mut self, arrival: &Arrival<'_>) -> Option<Refusal> {
-        let Some(snapshot) = &self.snapshot else { return Some(Refusal::NotReady) };
-        if arrival.target.len() > LONGEST_TARGET {
-            return Some(Refusal::TargetTooLong);
-        }
-        if !is_method(arrival.method) {
-            return Some(Refusal::Method);
-        }
-        if let Some(fault) = arrival.headers.fault() {
-            return Some(Refusal::Headers(fault));
-        }
-        match canonical(arrival.target, arrival.method, arrival.headers.host_value(), snapshot.paths == Paths::Strict) {
-            Ok(path) => {
-                if snapshot.paths == Paths::Redirect {
-                    self.location = redirect(arrival.target, &path);
-                    if self.location.is_some() {
-                        return Some(Refusal::Redirect);
-                    }
-                }
-                self.route = snapshot.route(path.text());
-                self.path = Some(path);
-            }
-            Err(error) => return Some(Refusal::Path(error)),
-        }
-        // TRACE gives the caller back what proxies added on the way, credentials too.
-        // CONNECT asks for a tunnel, which no application behind the mesh means by a 200.
-        matches!(arrival.method, "TRACE" | "CONNECT").then_some(Refusal::Trace)
-    }
-
-    fn secure_grpc(&mut self, method: &str) -> Option<Refusal> {
-        let Some(snapshot) = &self.snapshot else { return Some(Refusal::NotReady) };
-        if !is_grpc_method(method) {
-            return Some(Refusal::GrpcMethod);
-        }
-        self.route = snapshot.route(method);
-        self.path = Some(Path::exact(method));
-        None
-    }
-
-    /// Gathers what the policy asks about, and judges a token, if one was shown.
-    fn learn(&mut self, headers: &mut Headers, origin: &Origin<'_>, target: &[u8]) -> Option<Refusal> {
-        let snapshot = Arc::clone(self.snapshot.as_ref()?);
-        if !self.is_tls {
-            self.state.traffic.note_plain(address::parse(origin.source));
-        } else if self.peer.is_none() {
-            self.state.traffic.note_anonymous();
-        }
-        if !snapshot.has_questions {
-            return None;
-        }
-        let source = address::parse(origin.source);
-        let is_believed = snapshot.proxies.is_trusted(source, self.peer.as_deref());
-        let forwarded: Vec<&[u8]> =
-            headers.kept.iter().filter(|(name, _)| &**name == "x-forwarded-for").map(|(_, value)| &value[..]).collect();
-        let mut facts = Facts {
-            host: headers.host_value().and_then(|host| std::str::from_utf8(host).ok()).map(str::to_owned),
-            port: origin.port,
-            source,
-            remote: client_of(source, is_believed, &forwarded, snapshot.proxies.hops()),
-            sni: origin.sni.into(),
-            is_believed,
-            // An address is no identity: it is believed about addresses, and about nothing else.
-            is_from_proxy: snapshot.proxies.is_trusted(None, self.peer.as_deref()),
-            ..Facts::default()
-        };
-        facts.headers = std::mem::take(&mut headers.kept);
-        let refusal =
-            snapshot.providers.as_ref().and_then(|tokens| self.verify(tokens, &mut facts, target, origin.wall));
-        self.facts = Some(Box::new(facts));
-        // A mode is about trust: where the rules don't bind, a bad token is none, and reported.
-        self.is_misled = refusal.is_some();
-        refusal.filter(|_| snapshot.mode.enforces())
-    }
-
-    fn verify(&self, tokens: &Tokens, facts: &mut Facts, target: &[u8], wall: f64) -> Option<Refusal> {
-        let (token, place) = match tokens::find(&tokens.places, &facts.headers, target) {
-            Found::Nothing => return None,
-            Found::Several => return Some(Refusal::Token),
-            Found::Token(token, place) => (token, place),
-        };
-        match tokens.providers.verify(token, wall) {
-            Ok(claims) => {
-                let (places, is_forwarded) = tokens.terms.get(claims.provider())?;
-                if !places.contains(place) {
-                    facts.fault =
-                        Some(TokenFault::Header("is in a place where this provider's tokens are not looked for"));
-                    return Some(Refusal::Token);
-                }
-                if place.kind == PlaceKind::Header && !is_forwarded {
-                    facts.token_header = Some(place.name.as_str().into());
-                }
-                facts.claims = Some(claims);
-                None
-            }
-            Err(fault) => {
-                facts.fault = Some(fault);
-                Some(Refusal::Token)
-            }
-        }
-    }
-
-    fn authorize(&mut self) -> Option<Refusal> {
-        let Some(snapshot) = &self.snapshot else { return Some(Refusal::NotReady) };
-        let Some(question) = self.question() else { return Some(Refusal::NotReady) };
-        let verdict = snapshot.rules.judge(&question);
-        self.verdict = Some(verdict);
-        if snapshot.is_recorded {
-            self.record(snapshot, verdict);
-        }
-        if !snapshot.mode.enforces() {
-            return None;
-        }
-        // Enforce means mutual TLS: a rule for everybody is one for everybody who proved to be somebody. Who proved nothing may try
-        // again with an identity, unless a rule denies this to all the world.
-        match (self.peer.is_none(), verdict.is_allowed) {
-            (true, true) => Some(Refusal::NoIdentity),
-            (true, false) if verdict.rule.is_none() => Some(Refusal::NoIdentity),
-            (false, false) if verdict.needs_token => Some(Refusal::NoToken),
-            (_, false) => Some(Refusal::Denied),
-            (false, true) => None,
-        }
-    }
-
-    fn record(&self, snapshot: &Snapshot, verdict: Verdict) {
-        self.state.traffic.note(Observed {
-            peer: self.peer.clone().unwrap_or_default(),
-            method: self.method.to_string(),
-            path: self.path().to_owned(),
-            route: self.route.map_or("", |route| snapshot.route_path(route)).to_owned(),
-            principal: self.claims().map_or("", |claims| claims.principal()).to_owned(),
-            is_allowed: verdict.is_allowed,
-            is_grpc: self.is_grpc,
-        });
-    }
-
-    fn admit(&mut self, deadline: Option<Duration>) -> Option<Refusal> {
-        let Some(snapshot) = &self.snapshot else { return Some(Refusal::NotReady) };
-        self.deadline = deadline.map(|end| end.min(self.begun.saturating_add(headers::LONGEST)));
-        if self.deadline.is_some_and(|end| end <= self.begun) {
-            return Some(Refusal::Deadline);
-        }
-        if !self.state.in_flight.enter(snapshot.in_flight) {
-            return Some(Refusal::Limit(snapshot.in_flight));
-        }
-        // Last: a call that finds no place must not use up its caller's rate.
-        let wait = self.too_early(snapshot)?;
-        self.state.in_flight.leave();
-        Some(Refusal::Rate(wait))
-    }
-
-    fn too_early(&self, snapshot: &Snapshot) -> Option<Duration> {
-        if snapshot.rates.is_empty() {
-            return None;
-        }
-        let facts = self.facts.as_deref();
-        let header = |name: &str| {
-            let fields = facts.map_or(&[][..], |facts| &facts.headers);
-            let mut values = fields.iter().filter(|(known, _)| **known == *name).map(|(_, value)| &value[..]);
-            // Of two nobody knows which one counts: they are one caller with all who send two, or none.
-            values.next().filter(|_| values.next().is_none()).unwrap_or_default()
-        };
-        let caller = Caller {
-            route: self.route(),
-            peer: self.peer.as_deref().unwrap_or(""),
-            client: facts.and_then(|facts| facts.remote),
-            header: &header,
-        };
-        self.state.counts.take(&snapshot.rates, &caller, self.begun)
-    }
-
     fn settle(mut self, refusal: Option<Refusal>) -> Self {
         let peer = self.peer.as_deref().unwrap_or("");
         let is_known = self.route.is_some() || self.verdict.is_some_and(|verdict| verdict.is_allowed);
@@ -461,8 +370,9 @@ impl Entry {
             Some(refusal) => {
                 series.refuse(if self.is_grpc { refusal.grpc_status() } else { refusal.status() });
             }
+            None if self.ticket != 0 => self.phase = AtomicU8::new(Phase::Waits as u8),
             None => {
-                self.is_done = AtomicBool::new(false);
+                self.phase = AtomicU8::new(Phase::In as u8);
                 series.begin(self.would_deny());
             }
         }

@@ -1,4 +1,5 @@
-//! What does an attempt tell the next hop? How long there is time, which attempt it is, and which trace it belongs to.
+//! What does an attempt tell the next hop? How long there is time, which attempt it is, and which trace it belongs to; and where
+//! endpoints are weighed by their load, that we want to be told of it.
 //!
 //! These are ours alone to say: what the application forwards of an incoming call under the same names would contradict it, and is
 //! left out. A trace that the application wrote by hand is the exception, since then it is meant. No header is parsed here.
@@ -10,6 +11,10 @@ pub const DEADLINE: &str = "x-mesh-deadline-ms";
 pub const ATTEMPT: &str = "x-mesh-attempt";
 pub const TRACEPARENT: &str = "traceparent";
 pub const TRACESTATE: &str = "tracestate";
+/// Asks for a report of the load (ORCA); what is read of it is `balance::orca::parse`'s.
+pub const LOAD_FORMAT: &str = "endpoint-load-metrics-format";
+/// The shortest of the formats that all who report at all can write.
+pub const LOAD_TEXT: &str = "text";
 /// Our key in `tracestate`, as `server::headers` reads it.
 const STATE: &str = "meshlib";
 
@@ -28,6 +33,10 @@ pub fn is_trace(name: &[u8]) -> bool {
 
 pub fn is_state(name: &[u8]) -> bool {
     name.len() == TRACESTATE.len() && name.eq_ignore_ascii_case(TRACESTATE.as_bytes())
+}
+
+pub fn is_load_format(name: &[u8]) -> bool {
+    name.len() == LOAD_FORMAT.len() && name.eq_ignore_ascii_case(LOAD_FORMAT.as_bytes())
 }
 
 /// The state of a trace with our attempt in front (the newest entry stands first, W3C Trace Context 3.3), in the place of an older one:
@@ -66,7 +75,8 @@ mod tests {
     #[test]
     fn names_are_compared_without_case() {
         assert!(is_ours(b"X-Mesh-Deadline-MS") && is_ours(b"x-mesh-attempt") && is_trace(b"TraceParent"));
-        assert!(!is_ours(b"x-mesh-deadline") && !is_trace(b"tracestate"));
+        assert!(is_load_format(b"Endpoint-Load-Metrics-Format"));
+        assert!(!is_ours(b"x-mesh-deadline") && !is_trace(b"tracestate") && !is_load_format(b"endpoint-load-metrics"));
     }
 
     #[test]

@@ -1,56 +1,142 @@
 //! How did it end, and what is known of a call that came in? The way back of the inbound way.
 //!
-//! An entry ends once: by `finish`, or by being dropped, which is how a cancelled handler ends. What it can tell is put into words
-//! only when somebody asks.
+//! ```text
+//! phase   was it counted?    what it holds                  how it goes on
+//! Waits   no                 a ticket, or a place by it     resume: In or Over; any end: Over
+//! In      as in flight       a place, unless it is a probe  any end: Over
+//! Over    with its code      nothing                        not at all
+//! ```
+//!
+//! An entry ends once: by `finish`, by a refusal that came late, or by being dropped, which is how a cancelled handler ends. What it
+//! can tell is put into words only when somebody asks.
 use core::net::IpAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::plan::{Mode, Xfcc};
+use super::facts::Listener;
+use super::plan::{Mode, OnDisconnect, Xfcc};
 use super::{Entry, Refusal};
-use crate::secure::authorize::{Question, Verdict};
+use crate::secure::authorize::{Question, Rules, Verdict};
 use crate::secure::jwt::{Claims, TokenFault};
 use crate::secure::path::Path;
 
-impl Entry {
-    /// The call ended: with an HTTP status, or for gRPC with its code; 0 is no status at all (HTTP). Only the first end counts.
-    pub fn finish(&self, status: u16, now: Duration) {
-        self.end(status, Some(now.saturating_sub(self.begun)), false);
-    }
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Phase {
+    Waits,
+    In,
+    Over,
+}
 
-    /// False: it had ended before.
-    fn end(&self, code: u16, took: Option<Duration>, is_vetoed: bool) -> bool {
-        if self.is_done.swap(true, Ordering::AcqRel) {
-            return false;
+impl Phase {
+    fn of(number: u8) -> Self {
+        match number {
+            0 => Self::Waits,
+            1 => Self::In,
+            _ => Self::Over,
         }
-        match &self.series {
-            Some(series) if is_vetoed => series.veto(code),
-            Some(series) => series.end(code, took),
-            None => {}
-        }
-        if self.generation == self.state.generation.load(Ordering::Relaxed) {
-            self.state.in_flight.leave();
-        }
-        true
+    }
+}
+
+impl Entry {
+    /// The call ended: with an HTTP status, or for gRPC with its code; 0 is no status at all (HTTP). Only the first end counts. The
+    /// answer is the tickets that are called now: nearly always none, and then nothing is locked.
+    pub fn finish(&self, status: u16, now: Duration) -> Vec<u64> {
+        self.end(status, Some(now), None);
+        self.state.queue.called()
     }
 
     /// The authorizer that a CUSTOM rule names did not allow it: the call is refused, and over.
-    pub fn veto(&self) {
-        let code = if self.is_grpc { Refusal::Custom.grpc_status() } else { Refusal::Custom.status() };
-        if self.end(code, None, true) {
-            self.is_vetoed.store(true, Ordering::Release);
+    pub fn veto(&self) -> Vec<u64> {
+        self.turn_away(Refusal::Custom)
+    }
+
+    /// A rate that others count with us is used up: the call is refused, and over.
+    pub fn outrun(&self, wait: Duration) -> Vec<u64> {
+        self.turn_away(Refusal::Rate(wait))
+    }
+
+    /// It was let in, and somebody else said no.
+    pub(super) fn turn_away(&self, refusal: Refusal) -> Vec<u64> {
+        self.end(self.code(refusal), None, Some(refusal));
+        self.state.queue.called()
+    }
+
+    fn end(&self, code: u16, now: Option<Duration>, refusal: Option<Refusal>) {
+        let phase = Phase::of(self.phase.swap(Phase::Over as u8, Ordering::AcqRel));
+        if phase == Phase::Over {
+            return;
+        }
+        if let Some(series) = &self.series {
+            if phase == Phase::Waits {
+                series.begin(self.would_deny());
+            }
+            match refusal {
+                Some(_) => series.veto(code),
+                None => series.end(code, now.map(|now| now.saturating_sub(self.begun).saturating_add(self.before))),
+            }
+        }
+        if let Some(refusal) = refusal {
+            // Nobody was quicker: only one end comes here.
+            let _ = self.late.set(refusal);
+        }
+        self.go_out(phase, code, now);
+    }
+
+    /// The same as it is counted.
+    pub(super) fn code(&self, refusal: Refusal) -> u16 {
+        if self.is_grpc {
+            refusal.grpc_status()
+        } else {
+            refusal.status()
         }
     }
 
     pub fn refusal(&self) -> Option<Refusal> {
-        self.refusal.or_else(|| self.is_vetoed.load(Ordering::Acquire).then_some(Refusal::Custom))
+        self.refusal.or_else(|| self.late.get().copied())
+    }
+
+    /// It has ended or was refused: nothing can come after.
+    pub fn is_over(&self) -> bool {
+        self.phase() == Phase::Over
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        Phase::of(self.phase.load(Ordering::Acquire))
+    }
+
+    /// In which form the caller wants to be told of our load; "" if it doesn't. It is for those who may call us: not for strangers,
+    /// unless nobody has an identity yet, and not for whom the rules refuse.
+    pub fn load_format(&self) -> &'static str {
+        let is_stranger = self.peer.is_none() && (self.is_public() || self.mode() != Some(Mode::Observe));
+        if is_stranger || self.refusal().is_some_and(|refusal| !refusal.is_of_admission()) {
+            return "";
+        }
+        self.load_format.word()
+    }
+
+    /// What is stopped when the client goes away: nothing (0), the calls that the handler makes (1), or the handler too (2).
+    pub fn on_disconnect(&self) -> u8 {
+        match (&self.snapshot, self.route) {
+            (Some(snapshot), Some(route)) => snapshot.on_disconnect(route) as u8,
+            _ => OnDisconnect::default() as u8,
+        }
+    }
+
+    /// It came in by the door for everybody.
+    pub fn is_public(&self) -> bool {
+        self.listener == Listener::Public
+    }
+
+    fn rules(&self) -> Option<&Rules> {
+        self.snapshot.as_ref().map(|snapshot| snapshot.rules(self.listener))
     }
 
     /// The authorizer that has to be asked before the call goes on; "" for none. Only rules that bind ask.
     pub fn authorizer(&self) -> &str {
         let custom = self.verdict.and_then(|verdict| verdict.custom).filter(|_| self.refusal.is_none());
-        match (&self.snapshot, custom) {
-            (Some(snapshot), Some(rule)) if snapshot.mode.enforces() => snapshot.rules.authorizer(rule),
+        match (self.rules(), custom) {
+            (Some(rules), Some(rule)) if self.mode().is_some_and(Mode::enforces) => rules.authorizer(rule),
             _ => "",
         }
     }
@@ -80,12 +166,13 @@ impl Entry {
         self.facts.as_deref().is_some_and(|facts| facts.is_from_proxy)
     }
 
-    /// There is more to do than to let it in: an authorizer to ask, or headers to take out or put in.
+    /// There is more to do than to let it in: an authorizer or a store of rates to ask, or headers to take out or put in.
     pub fn has_more(&self) -> bool {
         self.is_from_proxy()
             || !self.token_header().is_empty()
             || self.xfcc() != Xfcc::Sanitize
             || !self.authorizer().is_empty()
+            || self.wants_rates()
     }
 
     /// Our own SPIFFE ID.
@@ -110,7 +197,7 @@ impl Entry {
 
     /// Seconds until the next call fits into the rate that this one was too much for.
     pub fn retry_after(&self) -> Option<Duration> {
-        match self.refusal {
+        match self.refusal() {
             Some(Refusal::Rate(wait)) => Some(wait),
             _ => None,
         }
@@ -143,14 +230,14 @@ impl Entry {
     }
 
     fn named(&self, rule: Option<usize>) -> &str {
-        self.snapshot.as_ref().map_or("", |snapshot| snapshot.rules.rule_name(rule))
+        self.rules().map_or("", |rules| rules.rule_name(rule))
     }
 
     /// The rule that came nearest to allowing what no rule allowed.
     pub fn nearest_rule(&self) -> &str {
-        match (&self.snapshot, self.question(), self.verdict) {
-            (Some(snapshot), Some(question), Some(Verdict { is_allowed: false, rule: None, .. })) => {
-                snapshot.rules.nearest_name(&question)
+        match (self.rules(), self.question(), self.verdict) {
+            (Some(rules), Some(question), Some(Verdict { is_allowed: false, rule: None, .. })) => {
+                rules.nearest_name(&question)
             }
             _ => "",
         }
@@ -182,10 +269,8 @@ impl Entry {
             Some(refusal @ Refusal::Custom) => {
                 format!(
                     "{refusal} (authorizer {:?})",
-                    self.snapshot.as_ref().map_or("", |snapshot| {
-                        self.verdict
-                            .and_then(|verdict| verdict.custom)
-                            .map_or("", |rule| snapshot.rules.authorizer(rule))
+                    self.rules().map_or("", |rules| {
+                        self.verdict.and_then(|verdict| verdict.custom).map_or("", |rule| rules.authorizer(rule))
                     })
                 )
             }
@@ -194,6 +279,12 @@ impl Entry {
                 refusal.to_string()
             }
             Some(Refusal::NoIdentity | Refusal::NoToken | Refusal::Denied) => self.explanation(),
+            Some(Refusal::Shed) => format!(
+                "{} (priority {}, waited {:.0} ms)",
+                Refusal::Shed,
+                self.priority(),
+                self.waited().as_secs_f64() * 1e3
+            ),
             Some(refusal) => refusal.to_string(),
             None if self.would_deny() => self.explanation(),
             None => String::new(),
@@ -201,11 +292,11 @@ impl Entry {
     }
 
     fn explanation(&self) -> String {
-        let (Some(snapshot), Some(question), Some(verdict)) = (&self.snapshot, self.question(), self.verdict) else {
+        let (Some(rules), Some(question), Some(verdict)) = (self.rules(), self.question(), self.verdict) else {
             return String::new();
         };
         let rule = if verdict.is_allowed { verdict.shadow.1 } else { verdict.rule };
-        snapshot.rules.explain(rule, &question)
+        rules.explain(rule, &question)
     }
 
     pub fn path(&self) -> &str {
@@ -251,6 +342,11 @@ impl Entry {
         self.layer
     }
 
+    /// It had waited for so long in the process when it was asked about: counted as its time, and as nobody's work.
+    pub fn waited_before(&mut self, time: Duration) {
+        self.before = time;
+    }
+
     pub fn begun(&self) -> Duration {
         self.begun
     }
@@ -278,9 +374,9 @@ impl Entry {
 }
 
 impl Drop for Entry {
-    /// Nobody said how it ended: the caller left, or a handler was cancelled. The permit goes back all the same.
+    /// Nobody said how it ended: the caller left, or a handler was cancelled. The place goes back all the same.
     fn drop(&mut self) {
         const CANCELLED: u16 = 1;
-        self.end(if self.is_grpc { CANCELLED } else { 0 }, None, false);
+        self.end(if self.is_grpc { CANCELLED } else { 0 }, None, None);
     }
 }

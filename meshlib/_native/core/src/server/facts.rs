@@ -19,6 +19,17 @@ pub struct Origin<'a> {
     pub sni: &'a str,
     /// Seconds since 1970, by which tokens are judged.
     pub wall: f64,
+    pub listener: Listener,
+}
+
+/// Which of our doors a call came in by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Listener {
+    /// For those who prove who they are.
+    #[default]
+    Mesh,
+    /// For everybody, under rules of its own.
+    Public,
 }
 
 #[derive(Debug, Default)]

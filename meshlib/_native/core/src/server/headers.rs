@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::plan::Snapshot;
+use crate::admit::priority::Priority;
 
 /// No caller keeps us busy for longer than this by asking for it.
 pub const LONGEST: Duration = Duration::from_secs(3600);
@@ -36,7 +37,37 @@ pub struct Headers {
     encodings: u32,
     remaining: Option<Duration>,
     layer: u32,
+    priority: Option<Priority>,
+    load_format: LoadFormat,
     fault: Option<HeaderFault>,
+}
+
+/// In which form the caller wants to be told of our load (ORCA), if it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    #[default]
+    Nothing,
+    Text,
+    Json,
+}
+
+impl LoadFormat {
+    /// What can't be read is not asked for.
+    fn named(value: &[u8]) -> Self {
+        match value.trim_ascii() {
+            word if word.eq_ignore_ascii_case(b"text") => Self::Text,
+            word if word.eq_ignore_ascii_case(b"json") => Self::Json,
+            _ => Self::Nothing,
+        }
+    }
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Nothing => "",
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
 }
 
 /// As which protocol the request came, as far as the driver knows.
@@ -185,6 +216,8 @@ impl Headers {
             18 if is("x-mesh-deadline-ms") => self.leave(milliseconds(value)),
             12 if is("grpc-timeout") => self.leave(grpc_timeout(value)),
             30 if is("x-envoy-expected-rq-timeout-ms") => self.leave(milliseconds(value)),
+            15 if is("x-mesh-priority") => self.claim(value),
+            28 if is("endpoint-load-metrics-format") => self.load_format = LoadFormat::named(value),
             _ => {}
         }
     }
@@ -209,6 +242,21 @@ impl Headers {
             let remaining = remaining.min(LONGEST);
             self.remaining = Some(self.remaining.map_or(remaining, |shortest| shortest.min(remaining)));
         }
+    }
+
+    /// Of two claims the lower one counts, and what is no level claims nothing.
+    fn claim(&mut self, value: &[u8]) {
+        let claimed = Priority::named(value).unwrap_or_default();
+        self.priority = Some(self.priority.map_or(claimed, |other| other.min(claimed)));
+    }
+
+    /// What the caller says of how much it matters. Who is believed, the plan says.
+    pub fn priority(&self) -> Option<Priority> {
+        self.priority
+    }
+
+    pub fn load_format(&self) -> LoadFormat {
+        self.load_format
     }
 
     fn count(&mut self, layer: u32) {

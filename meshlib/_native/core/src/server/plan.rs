@@ -4,6 +4,8 @@
 //! be half enforced.
 use serde::Deserialize;
 
+use super::admission::{Admission, AdmissionPlan};
+use super::facts::Listener;
 use super::headers::Wanted;
 use super::rates::{ByKind, Limit, RatePlan};
 use crate::model::PathPlan;
@@ -24,8 +26,10 @@ struct ServerPlan {
     )]
     trust_domain: String,
     paths: Paths,
-    in_flight: u32,
+    admission: AdmissionPlan,
     rules: Vec<RulePlan>,
+    /// Those of the public listener, in the place of the others.
+    public_rules: Vec<RulePlan>,
     routes: Vec<RouteLabel>,
     proxies: ProxiesPlan,
     xfcc: Xfcc,
@@ -94,6 +98,26 @@ pub enum Paths {
 struct RouteLabel {
     name: String,
     path: PathPlan,
+    on_disconnect: OnDisconnect,
+}
+
+/// What is stopped when the client goes away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDisconnect {
+    Nothing,
+    /// The calls that the handler makes, where they can be made again.
+    #[default]
+    Calls,
+    /// The handler too.
+    Handler,
+}
+
+#[derive(Debug)]
+struct Route {
+    name: String,
+    pattern: PathPattern,
+    on_disconnect: OnDisconnect,
 }
 
 /// A compiled plan. Immutable; requests pin it.
@@ -103,8 +127,9 @@ pub struct Snapshot {
     pub identity: String,
     pub mode: Mode,
     pub paths: Paths,
-    pub in_flight: u32,
-    pub rules: Rules,
+    pub(super) admission: Admission,
+    rules: Rules,
+    public_rules: Rules,
     pub wanted: Wanted,
     /// The rules, the rates or the tokens ask for more than caller, method and path.
     pub has_questions: bool,
@@ -112,8 +137,9 @@ pub struct Snapshot {
     pub xfcc: Xfcc,
     pub(super) providers: Option<Tokens>,
     pub(super) rates: Vec<Limit>,
+    pub(super) global_rates: Vec<Limit>,
     pub is_recorded: bool,
-    routes: Vec<(String, PathPattern, String)>,
+    routes: Vec<Route>,
 }
 
 /// The providers of tokens together, and all the places where a token may be.
@@ -130,17 +156,32 @@ impl Snapshot {
         let plan: ServerPlan =
             serde_json::from_slice(json).map_err(|error| format!("the server plan can't be read: {error}"))?;
         let mut mistakes = Vec::new();
-        let mut plans = plan.rules;
+        let (mut own, mut public) = (plan.rules, plan.public_rules);
         // First of all: a token is missing before anything else is forbidden.
         if !plan.jwt_required.is_empty() {
-            plans.insert(0, required(format!("{}/jwt", plan.service), plan.jwt_required));
+            let required = required(format!("{}/jwt", plan.service), plan.jwt_required);
+            public.insert(0, required.clone());
+            own.insert(0, required);
         }
-        let rules = Rules::compile(&plans).map_err(|found| mistakes.extend(found)).ok();
-        let proxies = Proxies::compile(&plan.proxies).map_err(|found| mistakes.extend(found)).ok();
-        let providers = Tokens::compile(plan.providers).map_err(|found| mistakes.extend(found)).ok();
-        let (Some(rules), Some(proxies), Some(providers)) = (rules, proxies, providers) else {
+        let rules = Rules::compile(&own).map_err(|found| mistakes.extend(found)).ok();
+        // Most of them are the same, and so are their mistakes.
+        let mut note_new = |found: Vec<String>| {
+            for mistake in found {
+                if !mistakes.contains(&mistake) {
+                    mistakes.push(mistake);
+                }
+            }
+        };
+        let public_rules = Rules::compile(&public).map_err(&mut note_new).ok();
+        let proxies = Proxies::compile(&plan.proxies).map_err(&mut note_new).ok();
+        let providers = Tokens::compile(plan.providers).map_err(&mut note_new).ok();
+        let admission = Admission::compile(plan.admission).map_err(&mut note_new).ok();
+        let (Some(rules), Some(public_rules), Some(proxies), Some(providers), Some(admission)) =
+            (rules, public_rules, proxies, providers, admission)
+        else {
             return Err(mistakes.join("\n"));
         };
+        let plans = || own.iter().chain(&public);
         let places = providers.iter().flat_map(|tokens| &tokens.places).filter_map(|place| match place.kind {
             PlaceKind::Header => Some(place.name.as_str()),
             PlaceKind::Cookie => Some("cookie"),
@@ -150,48 +191,68 @@ impl Snapshot {
         let forwarded = (!proxies.is_empty()).then_some("x-forwarded-for");
         let names = places.chain(counted.map(|by| by.name.as_str())).chain(forwarded).map(Box::from);
         let wanted = Wanted::new(
-            rules.wanted_headers().into_iter().chain(names),
-            plans.iter().any(|rule| !rule.hosts.is_empty() || !rule.not_hosts.is_empty()),
+            rules.wanted_headers().into_iter().chain(public_rules.wanted_headers()).chain(names),
+            plans().any(|rule| !rule.hosts.is_empty() || !rule.not_hosts.is_empty()),
         );
+        let asks_client = plan.rates.iter().flat_map(|rate| &rate.by).any(|by| by.kind == ByKind::Client);
+        let (global, local): (Vec<_>, Vec<_>) = plan.rates.into_iter().partition(|rate| rate.is_global);
         Ok(Self {
             service: plan.service,
             identity: plan.identity,
             mode: plan.mode,
             paths: plan.paths,
-            in_flight: plan.in_flight,
+            admission,
             has_questions: wanted.is_host
                 || !wanted.names().is_empty()
                 || rules.wants_source()
-                || plans.iter().any(asks)
+                || public_rules.wants_source()
+                || plans().any(asks)
                 || providers.is_some()
-                || plan.rates.iter().flat_map(|rate| &rate.by).any(|by| by.kind == ByKind::Client),
+                || asks_client,
             rules,
+            public_rules,
             wanted,
             proxies,
             xfcc: plan.xfcc,
             providers,
-            rates: plan.rates.into_iter().map(Limit::new).collect(),
+            rates: local.into_iter().map(Limit::new).collect(),
+            global_rates: global.into_iter().map(Limit::new).collect(),
             is_recorded: plan.record,
             routes: plan
                 .routes
                 .into_iter()
-                .map(|route| (route.name, PathPattern::compile(&route.path), route.path.value))
+                .map(|route| Route {
+                    name: route.name,
+                    pattern: PathPattern::compile(&route.path),
+                    on_disconnect: route.on_disconnect,
+                })
                 .collect(),
         })
     }
 
+    pub fn rules(&self, listener: Listener) -> &Rules {
+        match listener {
+            Listener::Mesh => &self.rules,
+            Listener::Public => &self.public_rules,
+        }
+    }
+
     /// The first route whose path matches.
     pub fn route(&self, path: &str) -> Option<usize> {
-        self.routes.iter().position(|(_, pattern, _)| pattern.matches(path))
+        self.routes.iter().position(|route| route.pattern.matches(path))
     }
 
     pub fn route_name(&self, route: usize) -> &str {
-        self.routes.get(route).map_or("", |(name, ..)| name)
+        self.routes.get(route).map_or("", |route| &route.name)
     }
 
     /// What the route's path was written as.
     pub fn route_path(&self, route: usize) -> &str {
-        self.routes.get(route).map_or("", |(.., path)| path)
+        self.routes.get(route).map_or("", |route| route.pattern.text())
+    }
+
+    pub fn on_disconnect(&self, route: usize) -> OnDisconnect {
+        self.routes.get(route).map_or(OnDisconnect::default(), |route| route.on_disconnect)
     }
 }
 

@@ -21,6 +21,8 @@ pub(super) struct RatePlan {
     pub per: f64,
     pub burst: f64,
     pub by: Vec<By>,
+    /// Counted by a store that all instances share, and here only while that is away.
+    pub is_global: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -81,6 +83,12 @@ impl Counts {
             .map(|(limit, limiter)| Ask { limiter, key: self.key(limit, caller), rate: limit.rate })
             .collect();
         take_all(&asks, now).err().map(|excess| excess.wait)
+    }
+
+    /// What `take` would say, with nothing counted.
+    pub fn peek(&self, limits: &[Limit], caller: &Caller<'_>, now: Duration) -> Option<Duration> {
+        let wait = |limit: &Limit| self.limiter(&limit.name).peek(self.key(limit, caller), limit.rate, now).err();
+        limits.iter().filter_map(wait).max()
     }
 
     fn limiter(&self, name: &str) -> Arc<Limiter> {

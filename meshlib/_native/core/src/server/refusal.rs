@@ -28,7 +28,10 @@ pub enum Refusal {
     /// The authorizer of a CUSTOM rule said no, or nothing.
     Custom,
     Deadline,
+    /// So many are in flight, and nobody more may wait.
     Limit(u32),
+    /// It waited in vain, or what matters more has the places.
+    Shed,
     /// A rate, and how long it is until the next call fits.
     Rate(Duration),
 }
@@ -46,9 +49,14 @@ impl Refusal {
             Refusal::TargetTooLong => 414,
             Refusal::Headers(fault) => fault.status(),
             Refusal::Rate(_) => 429,
-            Refusal::NotReady | Refusal::Limit(_) => 503,
+            Refusal::NotReady | Refusal::Limit(_) | Refusal::Shed => 503,
             Refusal::Deadline => 504,
         }
+    }
+
+    /// It is about how much we can do, and not about who asks for what.
+    pub fn is_of_admission(self) -> bool {
+        matches!(self, Refusal::Limit(_) | Refusal::Shed | Refusal::Rate(_))
     }
 
     /// The same as a code of gRPC.
@@ -57,7 +65,7 @@ impl Refusal {
             Refusal::NoIdentity | Refusal::Token | Refusal::NoToken => 16,
             Refusal::Denied | Refusal::Custom => 7,
             Refusal::Rate(_) => 8,
-            Refusal::NotReady | Refusal::Limit(_) => 14,
+            Refusal::NotReady | Refusal::Limit(_) | Refusal::Shed => 14,
             Refusal::Deadline => 4,
             _ => 12,
         }
@@ -77,6 +85,7 @@ impl Refusal {
             Refusal::Rate(_) => "admit.rate",
             Refusal::Deadline => "deadline.exceeded",
             Refusal::Limit(_) => "admit.limit",
+            Refusal::Shed => "admit.shed",
         }
     }
 }
@@ -107,11 +116,14 @@ impl fmt::Display for Refusal {
                 wait.as_secs_f64()
             ),
             Refusal::Deadline => {
-                f.write_str("the caller's time was spent on arrival; the caller, or what stands before us, is too slow.")
+                f.write_str("the caller's time was spent before a handler was asked; the caller, what stands before us, or this service is too slow.")
             }
             Refusal::Limit(most) => write!(
                 f,
-                "{most} calls are in flight, as many as `admit.in_flight` allows; the service is too slow, or the limit too low."
+                "{most} calls are in flight, as many as `inbound.in_flight` (or with `inbound.adaptive` the latency) allows, and nobody more may wait; the service is too slow, or the limit too low."
+            ),
+            Refusal::Shed => f.write_str(
+                "the service has more to do than it can, and what matters more, or came later, goes first: add instances, make it faster, or see `inbound.priority` and `inbound.shares`."
             ),
         }
     }

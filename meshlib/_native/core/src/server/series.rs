@@ -22,9 +22,20 @@ pub struct Series {
     requests: AtomicU64,
     refused: AtomicU64,
     would_deny: AtomicU64,
+    /// Faults of ours, of those that were let in.
+    faults: AtomicU64,
     in_flight: AtomicU32,
     latency: Histogram,
     codes: Mutex<Vec<(u16, u64)>>,
+}
+
+/// All series together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Calls that were let in and have ended, and those of them that ended with a fault of ours.
+    pub calls: u64,
+    pub faults: u64,
+    pub refused: u64,
 }
 
 /// The numbers of one series at one moment.
@@ -71,6 +82,9 @@ impl Series {
         self.requests.fetch_add(1, Ordering::Relaxed);
         if let Some(took) = took {
             self.latency.note(took);
+        }
+        if is_fault(code) {
+            self.faults.fetch_add(1, Ordering::Relaxed);
         }
         self.count(code);
     }
@@ -151,9 +165,27 @@ impl Table {
         readings
     }
 
+    pub fn totals(&self) -> Totals {
+        let rows = self.rows.read();
+        rows.series.values().flatten().chain(&rows.other).fold(Totals::default(), |sum, series| {
+            let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+            let refused = read(&series.refused);
+            Totals {
+                calls: sum.calls + read(&series.requests).saturating_sub(refused),
+                faults: sum.faults + read(&series.faults),
+                refused: sum.refused + refused,
+            }
+        })
+    }
+
     pub fn clear(&self) {
         *self.rows.write() = Rows::default();
     }
+}
+
+/// 5xx, or what stands for it among the codes of gRPC: unknown, deadline exceeded, unimplemented, internal, unavailable, data loss.
+fn is_fault(code: u16) -> bool {
+    code >= 500 || matches!(code, 2 | 4 | 12..=15)
 }
 
 const OTHER: &str = "other";

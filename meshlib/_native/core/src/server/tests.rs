@@ -1,5 +1,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+use serde_json::{json, Value};
+
 use super::*;
+
+mod admission;
+mod overload;
+mod public;
+mod waiting;
 
 const SHOP: &str = "spiffe://shop/ns/default/sa/storefront";
 const BROWSER: &str = "spiffe://shop/ns/default/sa/browser";
@@ -8,8 +15,9 @@ const NOW: Duration = Duration::from_secs(100);
 fn plan(mode: &str, rules: &str) -> String {
     format!(
         r#"{{"service":"orders","mode":"{mode}","identity":"spiffe://shop/ns/default/sa/orders","trust_domain":"shop",
-            "paths":"canonical","in_flight":2,"rules":[{}],
-            "routes":[{{"name":"items","path":{{"kind":"template","value":"/items/{{id}}"}}}}],
+            "paths":"canonical","admission":{{"in_flight":2,"adaptive":null,"queue":0.0,"target":0.005,"interval":0.1,
+            "shares":[0.6,0.75,0.9,1.0],"priorities":[],"probes":[]}},"rules":[{}],"public_rules":[],
+            "routes":[{{"name":"items","path":{{"kind":"template","value":"/items/{{id}}"}},"on_disconnect":"calls"}}],
             "proxies":{{"identities":[],"cidrs":[],"hops":0}},"xfcc":"sanitize","providers":[],"jwt_required":[],"rates":[],
             "record":false}}"#,
         rules.replace("CLAUSES", CLAUSES)
@@ -32,6 +40,27 @@ fn gate(mode: &str, rules: &str) -> Gate {
     gate
 }
 
+/// The open one, changed.
+fn changed(change: impl FnOnce(&mut Value)) -> Result<Snapshot, String> {
+    let mut plan: Value = serde_json::from_str(&plan("enforce", OPEN_RULE)).unwrap();
+    change(&mut plan);
+    Snapshot::compile(plan.to_string().as_bytes())
+}
+
+fn gate_of(change: impl FnOnce(&mut Value)) -> Gate {
+    let gate = Gate::default();
+    gate.publish(changed(change).unwrap());
+    gate
+}
+
+/// The same, come at another time.
+fn come(gate: &Gate, now: Duration, target: &str, peer: &str, fields: &[(&str, &str)]) -> Entry {
+    let mut headers = gate.headers(target.as_bytes());
+    fields.iter().for_each(|(name, value)| headers.field(name.as_bytes(), value.as_bytes()));
+    let (target, peer, origin) = (target.as_bytes(), Some(peer), Origin::default());
+    gate.begin(Arrival { method: "GET", target, headers, peer, is_tls: true, now, deadline: None, origin })
+}
+
 fn arrive(gate: &Gate, method: &str, target: &str, peer: Option<&str>, fields: &[(&str, &str)]) -> Entry {
     let mut headers = gate.headers(target.as_bytes());
     for (name, value) in fields {
@@ -44,7 +73,16 @@ fn arrive(gate: &Gate, method: &str, target: &str, peer: Option<&str>, fields: &
 
 fn grpc(gate: &Gate, method: &str, deadline: Option<Duration>) -> Entry {
     let (headers, origin) = (gate.headers(b"/"), Origin::default());
-    gate.begin_grpc(GrpcArrival { method, headers, peer: Some(SHOP), is_tls: true, now: NOW, deadline, origin })
+    gate.begin_grpc(GrpcArrival {
+        method,
+        headers,
+        peer: Some(SHOP),
+        is_tls: true,
+        now: NOW,
+        deadline,
+        origin,
+        can_wait: true,
+    })
 }
 
 fn get(gate: &Gate, target: &str, peer: Option<&str>) -> Entry {
@@ -131,7 +169,7 @@ fn an_entry_gives_its_permit_back_once() {
     let third = get(&gate, "/", Some(SHOP));
     assert_eq!((third.status(), get(&gate, "/", Some(SHOP)).status()), (0, 503));
     drop((first, second));
-    assert_eq!(gate.state.in_flight.count(), 1);
+    assert_eq!(gate.load().in_flight, 1);
     drop(third);
     let reading = &gate.readings()[0];
     assert_eq!((reading.requests, reading.refused, reading.in_flight), (5, 2, 0));

@@ -125,7 +125,7 @@ impl Verifier {
         self.bundles.values().filter_map(Roots::lists_until).min()
     }
 
-    /// The peer of a full handshake. `expected` is a SPIFFE ID, or empty for any in the bundles.
+    /// The peer whose chain was never seen in this generation. `expected` is a SPIFFE ID, or empty for any in the bundles.
     pub fn verify(&self, chain: &[&CertificateDer<'_>], expected: &str, now: UnixTime) -> Result<Arc<Peer>, Refusal> {
         let Some(leaf) = chain.first() else {
             return Err(Refusal::NotAnSvid("there is none".into()));
@@ -156,11 +156,16 @@ impl Verifier {
         expected: &str,
         now: UnixTime,
     ) -> Result<Arc<Peer>, Refusal> {
-        let chain: Vec<&CertificateDer<'_>> = chain.iter().collect();
+        self.recall(&chain.iter().collect::<Vec<_>>(), expected, now)
+    }
+
+    /// The same chain under the same bundles needs no second look but at the time. It proves nothing by itself: whose it is, is
+    /// proved by the signature of the handshake, which is checked each time.
+    fn recall(&self, chain: &[&CertificateDer<'_>], expected: &str, now: UnixTime) -> Result<Arc<Peer>, Refusal> {
         let known = self
             .remembered
             .lock()
-            .get(&digest(&chain))
+            .get(&digest(chain))
             .filter(|known| now.as_secs() <= known.until)
             .map(|known| known.peer.clone());
         match known {
@@ -169,7 +174,7 @@ impl Verifier {
                 check_time(&peer, now)?;
                 Ok(peer)
             }
-            None => self.verify(&chain, expected, now),
+            None => self.verify(chain, expected, now),
         }
     }
 }
@@ -222,7 +227,7 @@ impl ServerCertVerifier for ExpectServer {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.verifier.verify(&chain(leaf, intermediates), &self.expected, now)?;
+        self.verifier.recall(&chain(leaf, intermediates), &self.expected, now)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -272,7 +277,7 @@ impl ClientCertVerifier for AnyClient {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let peer = self.verifier.verify(&chain(leaf, intermediates), "", now)?;
+        let peer = self.verifier.recall(&chain(leaf, intermediates), "", now)?;
         self.accepting.note_proof(peer.not_after);
         Ok(ClientCertVerified::assertion())
     }
