@@ -19,6 +19,7 @@ from .call import Call, CallPolicy, Peer, call_of, claims, current_call, deadlin
 from .errors import (
     AttemptFailed,
     AttemptTimeout,
+    CallerGone,
     ConfigError,
     ConnectFailed,
     ConnectionLost,
@@ -72,6 +73,7 @@ __all__ = [
     "AttemptTimeout",
     "Call",
     "CallPolicy",
+    "CallerGone",
     "CircuitOpen",
     "ConfigError",
     "ConnectFailed",

@@ -1,21 +1,22 @@
 """What travels down with a call and back up?
 
-The context that a handler and its outgoing calls share: who called us (`Peer`), until when there is time (`deadline`), and the
-`Call` that just came back, with its record. Context variables carry it through tasks and `asyncio.to_thread`; no thread-local and
-no argument has to be passed along. This module decides nothing.
+The context that a handler and its outgoing calls share, a `Visit`: who called us (`Peer`), until when there is time (`deadline`), how
+often our caller has tried. And the `Call` that just came back, with its record. Context variables carry it through tasks and
+`asyncio.to_thread`; no thread-local and no argument has to be passed along. This module decides nothing.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from ._native import core
+from .errors import CallerGone
 
 HEADER_DEADLINE = "x-mesh-deadline-ms"
 HEADER_ATTEMPT = "x-mesh-attempt"
@@ -24,6 +25,8 @@ ENVOY_ATTEMPT = "x-envoy-attempt-count"
 STATE = "meshlib"
 # On a failed answer: what may be tried has been tried further down.
 HEADER_NO_RETRY = "x-mesh-no-retry"
+# How much a call matters, in words of the SRE book.
+HEADER_PRIORITY = "x-mesh-priority"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,34 +187,152 @@ def policy(
     return {"meshlib.policy": CallPolicy(idempotent, timeout, retries, hedge, zone, wait, stop, key, labels, fallback)}
 
 
-current_peer: ContextVar[Peer | None] = ContextVar("meshlib.peer", default=None)
-current_entry: ContextVar[core.Entry | None] = ContextVar("meshlib.entry", default=None)
-# In which attempt of our caller we run; above 0 the caller retries, and we must not.
-current_layer: ContextVar[int] = ContextVar("meshlib.layer", default=0)
+class Visit:
+    """One call that came in, as its handler and everything that runs on its behalf see it.
+
+    One object for all of them, so that what ends with the call ends for them too: `end`, the absolute end in monotonic seconds, is
+    None once the answer is given, and a task that outlives it has no deadline. `layer` tells in which attempt of our caller we run;
+    above 0 the caller retries, and we must not. `priority` is how much it matters, and travels on. `headers` are those that the handler
+    sees; `trace` is made of them when somebody asks. `is_gone`: the client has gone away, and what is asked on its behalf is not wanted
+    any more.
+    """
+
+    # Made for every call, and nearly always all of this stays as it is: so it stands here, and not in each of them.
+    end: float | None = None
+    priority = ""
+    trace: Any = None
+    # Of which the ids of a new trace are made, where that was decided before anybody asked.
+    number: int | None = None
+    is_gone = False
+    # Whether somebody would notice that the client goes away, and the route wants its calls to end then.
+    ends_calls = False
+    # The idempotent calls that are under way on its behalf.
+    _errands: set[Errand] | None = None
+
+    def __init__(
+        self, peer: Peer | None, entry: core.Entry | None = None, headers: Sequence[tuple[bytes, bytes]] = (), layer: int = 0
+    ) -> None:
+        self.peer = peer
+        self.entry = entry
+        self.headers = headers
+        self.layer = layer
+
+    def errand(self) -> Errand:
+        """An idempotent call goes out on behalf of this one: until its `end` it is cut when the client goes away. Raises `CallerGone`."""
+        if self.is_gone:
+            raise gone_away()
+        if self._errands is None:
+            self._errands = set()
+        made = Errand(self._errands)
+        self._errands.add(made)
+        return made
+
+    def cut(self) -> None:
+        """The client has gone away: what waits for an idempotent call is told so."""
+        self.is_gone = True
+        for errand in tuple(self._errands or ()):
+            errand.cut()
+
+    def over(self) -> None:
+        """The call has its answer. What runs on has time of its own, tries of its own, and no client that could go away."""
+        self.end = None
+        self.layer = 0
+        self.priority = ""
+        self.ends_calls = self.is_gone = False
+
+
+class Errand:
+    """One idempotent call on behalf of a visit, and the task that waits for it."""
+
+    __slots__ = ("_before", "_is_cut", "_others", "_task")
+
+    def __init__(self, others: set[Errand]) -> None:
+        import asyncio
+
+        self._others = others
+        self._task = asyncio.current_task()
+        # As asyncio.timeout does it: who else cancels the task is still heard.
+        self._before = 0 if self._task is None else self._task.cancelling()
+        self._is_cut = False
+
+    def cut(self) -> None:
+        """By the task's own loop, whichever thread the word of it comes from."""
+        import asyncio
+
+        self._others.discard(self)
+        task = self._task
+        if task is None:
+            return
+        self._is_cut = True
+        loop = task.get_loop()
+        try:
+            if loop is asyncio.get_running_loop():
+                task.cancel("the client has gone away")
+            else:
+                loop.call_soon_threadsafe(task.cancel, "the client has gone away")
+        except RuntimeError:
+            self._is_cut = False  # its loop is closed, and it with it
+
+    def end(self, error: BaseException | None = None) -> bool:
+        """That call is over, before anything else is awaited. True if it was cut because the client has gone, and for no other reason."""
+        self._others.discard(self)
+        if not self._is_cut or self._task is None:
+            return False
+        self._is_cut = False
+        left = self._task.uncancel()
+        # Not by its class: asyncio is imported by those who have a loop.
+        return left <= self._before and type(error).__name__ == "CancelledError"
+
+
+def gone_away() -> CallerGone:
+    return CallerGone(
+        "the client of the call that this handler serves has gone away, so that this call on its behalf is not wanted any more.",
+        hint="Nothing is to be done. To go on all the same: `on_disconnect: nothing` on the route.",
+    )
+
+
+current_visit: ContextVar[Visit | None] = ContextVar("meshlib.visit", default=None)
+# What the application itself has set: by `deadline`, and for calls that repeat others.
 current_deadline: ContextVar[float | None] = ContextVar("meshlib.deadline", default=None)
+current_layer: ContextVar[int] = ContextVar("meshlib.layer", default=0)
+
+
+def outer_end() -> float | None:
+    """The absolute end of what runs now, in monotonic seconds: the earlier of the application's own and that of the call it serves."""
+    own, visit = current_deadline.get(), current_visit.get()
+    if visit is None or visit.end is None:
+        return own
+    return visit.end if own is None or visit.end < own else own
+
+
+def outer_layer() -> int:
+    """In which attempt of anybody further up we run: 0 in the first."""
+    own, visit = current_layer.get(), current_visit.get()
+    return own if visit is None else max(own, visit.layer)
 
 
 def peer() -> Peer | None:
     """Who called the handler that runs now, as proved by its connection; None outside a handler."""
-    return current_peer.get()
+    visit = current_visit.get()
+    return None if visit is None else visit.peer
 
 
 def claims() -> dict[str, Any] | None:
     """What the token of the call that the running handler serves says, as verified; None without a token or outside a handler."""
-    entry = current_entry.get()
-    said = None if entry is None else entry.claims
+    visit = current_visit.get()
+    said = None if visit is None or visit.entry is None else visit.entry.claims
     return None if said is None else json.loads(said)
 
 
 def current_call() -> Mapping[str, Any] | None:
     """The decisions on the call that the running handler serves (rule, path, peer, deadline …); None outside a handler."""
-    entry = current_entry.get()
-    return None if entry is None else entry.record()
+    visit = current_visit.get()
+    return None if visit is None or visit.entry is None else visit.entry.record()
 
 
 def remaining(now: float | None = None) -> float | None:
     """Seconds left of the current deadline, None without one; negative when it is spent."""
-    end = current_deadline.get()
+    end = outer_end()
     return None if end is None else end - (time.monotonic() if now is None else now)
 
 
@@ -222,9 +343,11 @@ def deadline(seconds: float) -> Iterator[float]:
     Yields the absolute end in monotonic seconds. It travels with outgoing calls as a header.
     """
     end = time.monotonic() + seconds
-    outer = current_deadline.get()
-    token = current_deadline.set(end if outer is None else min(outer, end))
+    outer = outer_end()
+    if outer is not None and outer < end:
+        end = outer
+    token = current_deadline.set(end)
     try:
-        yield end if outer is None else min(outer, end)
+        yield end
     finally:
         current_deadline.reset(token)

@@ -17,6 +17,7 @@
     │   ├── RateLimited            too many calls in a time
     │   └── Denied                 not allowed; .rule names what refused it
     ├── DeadlineExceeded           the Call's time is spent
+    ├── CallerGone                 the client of the call that we serve has gone away, and this one was on its behalf
     └── AttemptFailed              the last attempt failed, and it was not safe or not affordable to try again
         ├── ConnectFailed          no connection: refused, unreachable, timed out
         ├── PeerIdentityError      the other side did not prove the identity that we expect
@@ -161,6 +162,12 @@ class DeadlineExceeded(MeshError, TimeoutError):
     """The call's time is spent; `elapsed` is in seconds."""
 
     reason = "deadline.exceeded"
+
+
+class CallerGone(MeshError):
+    """The client on whose behalf the call was made has gone away. Only idempotent calls end so."""
+
+    reason = "handle.cancelled"
 
 
 class AttemptFailed(MeshError):

@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from pybreaker import CircuitBreakerListener
 
     from .admit.checks import Checker
+    from .admit.inbound import InboundRates
+    from .admit.limiter import Stores
     from .client.function import Decorator
     from .client.guarded import Guard
     from .config import Config
     from .observe.edges import Alert
     from .observe.traffic import Recorder
     from .secure import IdentityStore
+    from .server.way import InboundWay
 
 log = logging.getLogger("meshlib.mesh")
 
@@ -65,6 +68,7 @@ class Mesh:
         from .observe import Observer, redact
         from .observe.edges import Watch
         from .secure.trust import Trust
+        from .server.waiting import Room
 
         redact.guard()
         # What it is made of is imported here, not in the outage in which it is raised first.
@@ -85,9 +89,14 @@ class Mesh:
         self._jobs: list[Any] = []
         # Those whose entrance is made again, after a fork or a reload.
         self.guards: weakref.WeakSet[Guard] = weakref.WeakSet()
+        # The ways in that were made for applications of this process, and the rates that all processes count for them together.
+        self.ways: weakref.WeakSet[InboundWay] = weakref.WeakSet()
+        self.inbound_rates: InboundRates | None = None
+        self._stores: Stores | None = None
         now = time.monotonic()
         self.engine = core.Engine(secrets.randbits(64))
         self.gate = core.Gate()
+        self.room = Room(self.gate, time.monotonic)
         self.trust = Trust(config, self.gate, self.keeper)
         self.engine.publish(config.client_plan(), now)
         self.gate.publish(config.server_plan(), now)
@@ -135,6 +144,7 @@ class Mesh:
                 self.keeper.every(LOOK / 2, self.trust.look, name="rotate"),
                 self.keeper.every(LOOK, self._look_at_connections, name="sweep"),
                 self.keeper.every(LOOK, self._tend, name="tend"),
+                self.keeper.every(LOOK, self._end, name="drain"),
                 self.keeper.every(LOOK, self._watch, name="watch"),
                 self.keeper.every(WRITE, self._record, name="record"),
                 *self.trust.jobs(),
@@ -159,7 +169,7 @@ class Mesh:
         from .observe.exporter import MetricsListener
 
         listener = MetricsListener(
-            address, self.metrics, is_ready=lambda: self._is_ready, status=lambda: self.watch.status(time.monotonic())
+            address, self.metrics, is_ready=lambda: self.is_ready, status=lambda: self.watch.status(time.monotonic())
         )
         try:
             listener.start(self.keeper)
@@ -195,8 +205,27 @@ class Mesh:
         return True
 
     def drain(self) -> None:
-        """Take no new work: readiness goes false; what is under way goes on."""
+        """Take no new work: readiness goes false, registries are told, and servers of the mesh end when what is under way has ended."""
+        from .server.drain import drain_of
+
         self._is_ready = False
+        drain_of(self).begin()
+
+    @property
+    def is_ready(self) -> bool:
+        """Does this process take new work? False from the moment on in which it begins to end."""
+        from .server.drain import drain_of
+
+        return self._is_ready and drain_of(self).is_serving
+
+    def on_drain(self, callback: Callable[[], object]) -> None:
+        """Call back, in the keeper's thread, when the process begins to end and still serves: the time to leave registries.
+
+        At most 5 s are waited for all callbacks together.
+        """
+        from .server.drain import drain_of
+
+        drain_of(self).on_leave(callback)
 
     def close(self) -> None:
         """End the keeper's work for this mesh. Clients made by it close their own connections."""
@@ -451,6 +480,12 @@ class Mesh:
     def _tend(self) -> None:
         self.engine.tend(time.monotonic())
 
+    def _end(self) -> None:
+        """Where no server of ours ticks: `drain` was called behind another one."""
+        from .server.drain import drain_of
+
+        drain_of(self).look()
+
     def _watch(self) -> None:
         self.watch.look(time.monotonic())
 
@@ -486,7 +521,16 @@ class Mesh:
             self._recorder = _recorder_of(fresh)
         self._use(fresh)
         limit()
+        before, after = self.config.own, fresh.own
         self.config = fresh
+        if (before.listen, before.inbound.public, before.inbound.probe) != (
+            after.listen,
+            after.inbound.public,
+            after.inbound.probe,
+        ):
+            log.warning("where services.%s listens has changed in %s: that takes effect with a restart", self.service, fresh.file)
+        # There may be more places than before.
+        self.room.call(self.gate.called())
         self._renew_guards()
         go_through_with_it()
         self._check(fresh)
@@ -495,6 +539,7 @@ class Mesh:
         """What the way out has to know of a configuration beside the engine's plan."""
         from .client.egress import EgressRules
 
+        self.observer.use(config)
         self.outbound.egress = EgressRules.of(config)
         self.outbound.is_by_peer = any(service.is_by_peer for service in config.services.values())
 
@@ -518,22 +563,25 @@ class Mesh:
 
     def _limit(self, config: Config) -> Callable[[], None]:
         """Open the stores of rates that all processes share, if there are any; what is returned puts them in force."""
-        outbound = self.outbound
-        if not any(service.global_rates for service in config.services.values()):
+        goes_out, comes_in = any(service.global_rates for service in config.services.values()), config.own.inbound_global_rates
+        if goes_out or comes_in:
+            from .admit.inbound import InboundRates
+            from .admit.limiter import RateGuard, Stores
 
-            def without() -> None:
-                # Also where there were some before: calls take the short way again.
-                outbound.rates = None
-
-            return without
-        from .admit.limiter import RateGuard
-
-        rates = outbound.rates or RateGuard()
-        apply = rates.prepare(config)
+            if self._stores is None:
+                self._stores = Stores()
+        # Without any there is nobody to ask, also where there was before: calls take the short way again.
+        out = (self.outbound.rates or RateGuard(self._stores)) if goes_out else None
+        inbound = (self.inbound_rates or InboundRates(self._stores)) if comes_in else None
+        changes = [rates.prepare(config) for rates in (out, inbound) if rates is not None]
 
         def put_in_force() -> None:
-            apply()
-            outbound.rates = rates
+            for change in changes:
+                change()
+            self.outbound.rates = out
+            self.inbound_rates = inbound
+            for way in tuple(self.ways):
+                way.rates = inbound
 
         return put_in_force
 

@@ -24,7 +24,7 @@ from contextvars import Token
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .. import errors
-from ..call import CallPolicy, current_deadline, current_layer
+from ..call import CallPolicy, current_deadline, current_layer, outer_end
 from .guarded import NO_TOKEN, UNFINISHED, Guard, Story
 from .late import Entry
 
@@ -138,7 +138,7 @@ def _async_quick(guard: Guard) -> Callable[..., Any]:
             return await guard.function(*args, **kwargs)
 
     name, idempotent, retries = guard.label, guard.idempotent, guard.retries
-    outer, enforce, release = current_deadline.get, current_deadline.set, current_deadline.reset
+    outer, enforce, release = outer_end, current_deadline.set, current_deadline.reset
 
     @functools.wraps(guard.function)
     async def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -193,7 +193,7 @@ def _async_whole(guard: Guard) -> Callable[..., Any]:
     async def guarded(*args: Any, **kwargs: Any) -> Any:
         begun = clock()
         try:
-            call, token, _ = guard.enter(guard.label, begun, current_deadline.get(), guard.idempotent, guard.retries)
+            call, token, _ = guard.enter(guard.label, begun, outer_end(), guard.idempotent, guard.retries)
         except errors.MeshError as refusal:
             return await _refused(guard, refusal, args, kwargs)
         return await _carried(guard, args, kwargs, Story(guard, call, token, begun, args, kwargs))
@@ -291,7 +291,7 @@ def _release(variable: Any, mark: Any) -> None:
 def _sync_quick(guard: Guard) -> Callable[..., Any]:
     function = guard.function
     name, idempotent, retries = guard.label, guard.idempotent, guard.retries
-    outer, enforce, release = current_deadline.get, current_deadline.set, current_deadline.reset
+    outer, enforce, release = outer_end, current_deadline.set, current_deadline.reset
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -327,7 +327,7 @@ def _sync_whole(guard: Guard) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         begun = clock()
         try:
-            call, token, _ = guard.enter(guard.label, begun, current_deadline.get(), guard.idempotent, guard.retries)
+            call, token, _ = guard.enter(guard.label, begun, outer_end(), guard.idempotent, guard.retries)
         except errors.MeshError as refusal:
             return _refused_here(guard, refusal, args, kwargs)
         return _driven(guard, args, kwargs, Story(guard, call, token, begun, args, kwargs))

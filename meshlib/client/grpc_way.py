@@ -22,7 +22,7 @@ import grpc.aio
 
 from meshlib import errors
 from meshlib._native import core
-from meshlib.call import HEADER_ATTEMPT, HEADER_DEADLINE, Call, current_deadline, current_layer, current_peer
+from meshlib.call import HEADER_ATTEMPT, HEADER_DEADLINE, Call, outer_end, outer_layer, peer
 
 from .grpc_links import Link, Links
 from .grpc_status import OK, failure_of, judge, judge_end, pushback, rpc_error
@@ -110,15 +110,15 @@ class Course:
             own = tuple((key, value) for key, value in metadata if key not in OWN_KEYS)
             headers = [(key.encode(), value if isinstance(value, bytes) else value.encode()) for key, value in own]
         now = self.now = way.clock()
-        asked = current_deadline.get()
+        asked = outer_end()
         if timeout is not None:
             asked = now + timeout if asked is None else min(asked, now + timeout)
-        layer = current_layer.get()
-        peer = current_peer.get()
+        layer = outer_layer()
+        caller = peer()
         try:
             native = way.outbound.engine.begin(
                 way.service, "POST", method, headers, now, asked, is_idempotent, is_replayable, layer,
-                peer=None if peer is None else peer.spiffe_id,
+                peer=None if caller is None else caller.spiffe_id,
             )  # fmt: skip
         except errors.MeshError as error:
             raise rpc_error(error) from error.__cause__

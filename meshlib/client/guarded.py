@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from .._native import core
-from ..call import MARK, Call, CallPolicy, current_layer, current_peer
+from ..call import MARK, Call, CallPolicy, outer_layer, peer
 from ..retry.fallback import LAST_GOOD, Fallbacks, Kept, LastGood, word_of
 from .listeners import Listened
 from .stand_in import fallbacks_of, is_outage
@@ -201,9 +201,9 @@ class Guard:
 
 def key_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """What makes two calls of a function the same question: equal arguments of the same types, on behalf of the same peer."""
-    peer = current_peer.get()
+    caller = peer()
     return (
-        None if peer is None else peer.spiffe_id,
+        None if caller is None else caller.spiffe_id,
         _typed(args),
         tuple((name, _typed(kwargs[name])) for name in sorted(kwargs)),
     )
@@ -228,7 +228,7 @@ class Story:
         self.attempt = 1
         self.idle = 0.0
         # Above 0 somebody further up is repeating already, and isn't multiplied.
-        self.layer = current_layer.get()
+        self.layer = outer_layer()
         # The caller's own end, if it has one; and what is told of the call once it has failed.
         self.outer: float | None = None
         self.record: Call | None = None
@@ -333,8 +333,8 @@ def entrance(mesh: Mesh, name: str, timeout: float | None) -> Enter:
     if any(part.kind == "peer" for rate in mesh.config.guard(name).rates for part in rate.by):
 
         def personal(label: str, now: float, end: float | None, idempotent: bool, retries: int | None) -> Any:
-            peer = current_peer.get()
-            return enter(label, now, end, idempotent, retries, timeout, None if peer is None else peer.spiffe_id)
+            caller = peer()
+            return enter(label, now, end, idempotent, retries, timeout, None if caller is None else caller.spiffe_id)
 
         return personal
     if timeout is None:

@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from .. import errors
-from ..call import current_layer
+from ..call import current_layer, outer_layer
 from .egress import NETWORK, Egress, EgressRules, check_egress, leave
 from .faults import too_coded
 from .intercept import core_of, interception
@@ -328,7 +328,7 @@ def layered(request: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def _layer(layer: int) -> Iterator[None]:
-    token = current_layer.set(max(layer, current_layer.get()))
+    token = current_layer.set(max(layer, outer_layer()))
     try:
         yield
     finally:

@@ -17,13 +17,14 @@ from weakref import WeakSet
 
 from .. import errors
 from .._native import core
-from ..call import HEADER_NO_RETRY, Call, current_deadline, current_entry, current_layer, current_peer
+from ..call import HEADER_NO_RETRY, HEADER_PRIORITY, Call, current_deadline, current_layer, current_visit, gone_away, peer
 from .faults import CONNECT_TIMEOUT, IDLE_TIMEOUT, UNSENT, WRITE_TIMEOUT, outcome_of
 from .pool import Ledger
 from .terms import FOREVER, LARGE, ORDINARY, Terms
 
 if TYPE_CHECKING:
     from ..admit.limiter import RateGuard
+    from ..call import Errand
     from .egress import EgressRules
     from .patience import Patience
     from .race import Race
@@ -36,6 +37,7 @@ Body = bytes | Iterable[bytes] | AsyncIterable[bytes] | None
 # Bytes of an answer that are awaited before it counts as come, if it could be asked for again: as much as is replayed upward.
 SHORT = 64 * 1024
 NO_RETRY = HEADER_NO_RETRY.encode()
+PRIORITY = HEADER_PRIORITY.encode()
 
 
 class Attempt:
@@ -263,14 +265,20 @@ class OutboundWay:
         is_recording = observer is not None and observer.recorder() is not None
         # route: which service, which backend, which policy; the permit of the service is taken here, once per call.
         path = target if "?" not in target else target.partition("?")[0]
-        outer = current_deadline.get()
+        outer, layer, visit = current_deadline.get(), current_layer.get(), current_visit.get()
+        if visit is not None:
+            # On behalf of a call that came in: its time is ours, and so is the attempt of its caller.
+            if visit.end is not None and (outer is None or visit.end < outer):
+                outer = visit.end
+            layer = max(layer, visit.layer)
+            if visit.priority:
+                headers = [*headers, (PRIORITY, visit.priority.encode())]
         is_whole = body is None or isinstance(body, bytes)
         replay: Replayed | AsyncReplayed | None = None
         if not is_whole:
             from .replay import replayed
 
             body = replay = replayed(body, is_blocking=not carrier.can_overlap)  # type: ignore[arg-type]
-        layer = current_layer.get()
         reply: Reply | None = None
         race: Race | None = None
         patience: Patience | None = None
@@ -297,7 +305,10 @@ class OutboundWay:
         if terms.read is not None and not is_long:
             told = min(told, now + terms.read)
         is_fresh = False
+        errand: Errand | None = None
         try:
+            if visit is not None and visit.ends_calls and carrier.can_overlap and native.is_idempotent:
+                errand = visit.errand()
             while True:
                 # retry: the engine says when; the wait is never longer than the deadline.
                 step = native.next(now)
@@ -414,6 +425,8 @@ class OutboundWay:
                 await _drop(reply)
                 reply = None
         except errors.MeshError as error:
+            if errand is not None:
+                errand.end()
             if error.call is None:
                 error.call = Call(native, method, target)
             native.abandon(clock())
@@ -422,14 +435,21 @@ class OutboundWay:
             if replay is not None:
                 await replay.close()
             raise
-        except BaseException:
+        except BaseException as error:
             # Cancelled, or a mistake in a body's iterator or a strategy: every permit goes back before anybody else runs.
             native.abandon(clock())
+            is_unwanted = errand is not None and errand.end(error)
             await _drop(reply)
             if replay is not None:
                 await replay.close()
+            if is_unwanted:
+                gone = gone_away()
+                gone.call = Call(native, method, target)
+                raise gone from None
             raise
         finally:
+            if errand is not None:
+                errand.end()
             if race is not None:
                 await race.stop()
 
@@ -445,8 +465,8 @@ class OutboundWay:
         terms: Terms,
     ) -> core.Call:
         """A call that asks for something of its own, or of which the engine has to know on whose behalf it is."""
-        peer = current_peer.get()
-        caller = peer.spiffe_id if peer is not None else None
+        known = peer()
+        caller = known.spiffe_id if known is not None else None
         is_standby = False
         rates = self.rates
         if rates is not None:
@@ -511,9 +531,9 @@ async def _drop(reply: Reply | None) -> None:
 
 def _spend() -> None:
     """What may be tried has been tried. If a handler made the call, whoever called the handler need not try that again."""
-    entry = current_entry.get()
-    if entry is not None:
-        entry.spend()
+    visit = current_visit.get()
+    if visit is not None and visit.entry is not None:
+        visit.entry.spend()
 
 
 def run(way: Coroutine[Any, Any, T]) -> T:

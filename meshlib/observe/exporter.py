@@ -1,9 +1,11 @@
 """How does Prometheus get the numbers of this process?
 
-A listener of a few lines on the keeper's loop: `GET /metrics`, `GET /healthz` for those who ask whether the process takes
-work, and `GET /status` for `meshlib status`: edges, certificate and alerts as JSON, and nothing secret. A framework would
-bring a thread and a dependency, and the application's own server must not tell its metrics to its callers. One request per
-connection, limits on size, time and number of connections; everything else is answered with 404 and closed.
+A listener of a few lines on the keeper's loop: `GET /metrics`, `GET /livez` and `/readyz` for those who ask whether the
+process lives and takes work, and `GET /status` for `meshlib status`: edges, certificate and alerts as JSON, and nothing
+secret. A framework would bring a thread and a dependency, and the application's own server must not tell its metrics to
+its callers. One request per connection, limits on size, time and number of connections; everything else is answered
+with 404 and closed. `Listener` is what it has in common with the probe listener (`probe.py`), which is for
+orchestrators.
 
 It speaks plain HTTP and knows no users: it binds where the configuration says, loopback as a rule. So that no web page can
 make a browser read it, by a name that suddenly leads here, a listener on loopback answers only who asks by an address or
@@ -36,35 +38,33 @@ LONGEST: Final = 5.0  # seconds to receive it
 MOST: Final = 32  # connections at once
 
 
-class MetricsListener:
-    """Serves the text of `render` at an address "host:port" or "[v6]:port". Port 0 takes a free one: see `port`."""
+class Listener:
+    """A small HTTP server on the keeper's loop: one request per connection, bounded in size, time and number."""
 
-    def __init__(
-        self,
-        address: str,
-        render: Callable[[], str],
-        *,
-        is_ready: Callable[[], bool] = lambda: True,
-        status: Callable[[], object] | None = None,
-    ) -> None:
-        self.address = address
+    def __init__(self) -> None:
         self.port: int | None = None
-        self._render = render
-        self._status = status
-        self._is_ready = is_ready
         self._socket: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._keeper: Keeper | None = None
         self._open = 0
+        # Those whose request has not come yet, in the order in which they came.
+        self._waiting: dict[asyncio.StreamWriter, None] = {}
 
-    def start(self, keeper: Keeper) -> None:
-        """Listen. Raises ListenError when the address can't be had."""
-        self._socket = self._bind()
-        self.port = int(self._socket.getsockname()[1])
+    def response_to(self, request: bytes, *, is_from_here: bool) -> bytes:
+        """The answer to a whole head; `is_from_here`: it was sent on this machine."""
+        raise NotImplementedError
+
+    def has_room(self) -> bool:
+        """One more connection has come: may it stay?"""
+        return self._open <= MOST
+
+    def open(self, keeper: Keeper, listening: socket.socket) -> None:
+        """Answer on a socket that listens. It is closed by `stop`, and in a forked child."""
+        self._socket = listening
+        self.port = int(listening.getsockname()[1])
         self._keeper = keeper
         keeper.on_fork(self._after_fork)
-        keeper.run(self._serve(self._socket)).result(10.0)
-        logger.info("metrics at http://%s:%d/metrics", self.address.rpartition(":")[0], self.port)
+        keeper.run(self._serve(listening)).result(10.0)
 
     def stop(self) -> None:
         """Listen no more. Answers under way are cut."""
@@ -76,7 +76,70 @@ class MetricsListener:
         if listening is not None:
             listening.close()
 
-    # ------------------------------------------------------------------ the socket
+    async def _serve(self, listening: socket.socket) -> None:
+        self._server = await asyncio.start_server(self._answer, sock=listening, limit=LARGEST)
+
+    async def _close(self, server: asyncio.Server) -> None:
+        server.close()
+
+    def _after_fork(self) -> None:
+        """The child has a copy of the listening socket: as long as it lives, it would answer with the wrong numbers."""
+        if self._socket is not None:
+            # Only the descriptor: what belongs to the parent's loop stays untouched.
+            self._socket.close()
+        self._server = self._socket = self._keeper = self.port = None
+        self._open = 0
+        self._waiting = {}
+
+    # ------------------------------------------------------------------ a request
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self.has_room():  # the rest is closed without a word: to read on is what a flood wants
+                self._waiting[writer] = None
+                request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LONGEST)
+                del self._waiting[writer]
+                is_from_here = _is_from_here(writer.get_extra_info("peername"), writer.get_extra_info("sockname"))
+                writer.write(self.response_to(request, is_from_here=is_from_here))
+                await asyncio.wait_for(writer.drain(), LONGEST)
+        except asyncio.LimitOverrunError:
+            writer.write(response(431, "the request is too large\n"))
+        except (TimeoutError, asyncio.IncompleteReadError, OSError):
+            pass  # slow or gone: nothing to tell
+        finally:
+            self._waiting.pop(writer, None)
+            try:
+                writer.close()
+                await asyncio.wait_for(writer.wait_closed(), LONGEST)
+            except Exception:
+                # Who asks and doesn't read keeps neither a descriptor nor a buffer.
+                writer.transport.abort()
+            finally:
+                self._open -= 1
+
+
+class MetricsListener(Listener):
+    """Serves the text of `render` at an address "host:port" or "[v6]:port". Port 0 takes a free one: see `port`."""
+
+    def __init__(
+        self,
+        address: str,
+        render: Callable[[], str],
+        *,
+        is_ready: Callable[[], bool] = lambda: True,
+        status: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__()
+        self.address = address
+        self._render = render
+        self._status = status
+        self._is_ready = is_ready
+
+    def start(self, keeper: Keeper) -> None:
+        """Listen. Raises ListenError when the address can't be had."""
+        self.open(keeper, self._bind())
+        logger.info("metrics at http://%s:%d/metrics", self.address.rpartition(":")[0], self.port or 0)
 
     def _bind(self) -> socket.socket:
         host, _, port = self.address.rpartition(":")
@@ -105,86 +168,53 @@ class MetricsListener:
         listening.setblocking(False)
         return listening
 
-    async def _serve(self, listening: socket.socket) -> None:
-        self._server = await asyncio.start_server(self._answer, sock=listening, limit=LARGEST)
-
-    async def _close(self, server: asyncio.Server) -> None:
-        server.close()
-
-    def _after_fork(self) -> None:
-        """The child has a copy of the listening socket: as long as it lives, it would answer with the wrong numbers."""
-        if self._socket is not None:
-            # Only the descriptor: what belongs to the parent's loop stays untouched.
-            self._socket.close()
-        self._server = self._socket = self._keeper = self.port = None
-        self._open = 0
-
-    # ------------------------------------------------------------------ a request
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
-        try:
-            if self._open <= MOST:  # the rest is closed without a word: to read on is what a flood wants
-                request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LONGEST)
-                is_from_here = _is_from_here(writer.get_extra_info("peername"), writer.get_extra_info("sockname"))
-                writer.write(self._response_to(request, is_from_here=is_from_here))
-                await asyncio.wait_for(writer.drain(), LONGEST)
-        except asyncio.LimitOverrunError:
-            writer.write(_response(431, "the request is too large\n"))
-        except (TimeoutError, asyncio.IncompleteReadError, OSError):
-            pass  # slow or gone: nothing to tell
-        finally:
-            self._open -= 1
-            with contextlib.suppress(Exception):
-                writer.close()
-                await asyncio.wait_for(writer.wait_closed(), LONGEST)
-
-    def _response_to(self, request: bytes, *, is_from_here: bool) -> bytes:
+    def response_to(self, request: bytes, *, is_from_here: bool) -> bytes:
         line, _, head = request.partition(b"\r\n")
         parts = line.split(b" ")
         if len(parts) != 3 or not parts[2].startswith(b"HTTP/1."):
-            return _response(400, "this is not HTTP/1.1\n")
+            return response(400, "this is not HTTP/1.1\n")
         path = parts[1].split(b"?", 1)[0]
-        if parts[0] != b"GET" or path not in (b"/metrics", b"/healthz", b"/status"):
-            return _response(404, "GET /metrics, GET /healthz or GET /status\n")
-        if path == b"/healthz":
-            return _response(200, "ok\n") if self._is_ready() else _response(503, "draining\n")
-        if (path == b"/status" or self._is_loopback) and not self._is_asked_by_address(head):
-            return _response(403, "ask by the address, or as localhost\n")
-        if path == b"/status" and not self._is_loopback and not is_from_here:
-            return _response(403, "the status is told on this machine only: run `meshlib status` here, with --address\n")
+        if parts[0] != b"GET" or path not in (b"/metrics", b"/healthz", b"/livez", b"/readyz", b"/status"):
+            return response(404, "GET /metrics, /livez, /readyz, /healthz or /status\n")
+        # As at the probe listener: alive is one thing, ready another.
+        if path in (b"/healthz", b"/livez"):
+            return response(200, "ok\n")
+        if path == b"/readyz":
+            return response(200, "ok\n") if self._is_ready() else response(503, "draining\n")
+        if (path == b"/status" or _is_loopback(self._host)) and not is_asked_by_address(head, self._host):
+            return response(403, "ask by the address, or as localhost\n")
+        if path == b"/status" and not _is_loopback(self._host) and not is_from_here:
+            return response(403, "the status is told on this machine only: run `meshlib status` here, with --address\n")
+        if path == b"/metrics":
+            return rendered(self._render)
+        if self._status is None:
+            return response(404, "this process has no status\n")
         try:
-            if path == b"/status":
-                if self._status is None:
-                    return _response(404, "this process has no status\n")
-                return _response(200, json.dumps(self._status()) + "\n", "application/json")
-            text = self._render()
+            return response(200, json.dumps(self._status()) + "\n", "application/json")
         except Exception:
-            logger.exception("the metrics could not be rendered")
-            return _response(500, "see the log\n")
-        return _response(200, text, OPENMETRICS_TYPE if text.endswith(OPENMETRICS_END) else CONTENT_TYPE)
+            logger.exception("the status could not be told")
+            return response(500, "see the log\n")
 
     @property
     def _host(self) -> str:
         return self.address.rpartition(":")[0].removeprefix("[").removesuffix("]").lower()
 
-    @property
-    def _is_loopback(self) -> bool:
-        return self._host == "localhost" or (_is_address(self._host) and ipaddress.ip_address(self._host).is_loopback)
 
-    def _is_asked_by_address(self, head: bytes) -> bool:
-        """Does the request name us by an address, by localhost or by the name that the configuration has, and not for a web page?"""
-        fields = [
-            (name.strip().lower(), value.strip()) for name, _, value in (line.partition(b":") for line in head.split(b"\r\n"))
-        ]
-        if any(name == b"origin" for name, _ in fields):
-            return False
-        hosts = [value.decode("latin-1").lower() for name, value in fields if name == b"host"]
-        if not hosts:
-            return True  # HTTP/1.0, which no browser speaks
-        host = re.sub(r":[0-9]{1,5}\Z", "", hosts[0]).removesuffix(".")
-        host = host.removeprefix("[").removesuffix("]")
-        return len(hosts) == 1 and (host in ("localhost", self._host) or _is_address(host))
+def is_asked_by_address(head: bytes, own: str) -> bool:
+    """Does the request name us by an address, by localhost or by the name that the configuration has, and not for a web page?"""
+    fields = [(name.strip().lower(), value.strip()) for name, _, value in (line.partition(b":") for line in head.split(b"\r\n"))]
+    if any(name == b"origin" for name, _ in fields):
+        return False
+    hosts = [value.decode("latin-1").lower() for name, value in fields if name == b"host"]
+    if not hosts:
+        return True  # HTTP/1.0, which no browser speaks
+    host = re.sub(r":[0-9]{1,5}\Z", "", hosts[0]).removesuffix(".")
+    host = host.removeprefix("[").removesuffix("]")
+    return len(hosts) == 1 and (host in ("localhost", own) or _is_address(host))
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _is_from_here(client: Any, own: Any) -> bool:
@@ -214,7 +244,17 @@ _REASONS: Final = {
 }
 
 
-def _response(status: int, text: str, kind: str = "text/plain; charset=utf-8") -> bytes:
+def rendered(render: Callable[[], str]) -> bytes:
+    """The metrics as an answer."""
+    try:
+        text = render()
+    except Exception:
+        logger.exception("the metrics could not be rendered")
+        return response(500, "see the log\n")
+    return response(200, text, OPENMETRICS_TYPE if text.endswith(OPENMETRICS_END) else CONTENT_TYPE)
+
+
+def response(status: int, text: str, kind: str = "text/plain; charset=utf-8") -> bytes:
     body = text.encode("utf-8", "replace")
     head = (
         f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"

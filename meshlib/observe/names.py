@@ -185,6 +185,12 @@ SECURE_WOULD_DENY = Metric(
 )
 SECURE_IN_FLIGHT = Metric("meshlib_secure_in_flight", "gauge", "Calls in the application's hands.", _CALLER)
 
+ADMIT_INBOUND_LIMIT = Metric(
+    "meshlib_admit_inbound_limit",
+    "gauge",
+    "Calls that may be in the application's hands at once; where the limit is adaptive, what it has learnt.",
+)
+ADMIT_INBOUND_WAITING = Metric("meshlib_admit_inbound_waiting", "gauge", "Calls that came in and wait for a place.")
 SECURE_PLAIN = Metric(
     "meshlib_secure_plain_total",
     "counter",

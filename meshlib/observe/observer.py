@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import spans
 from .prometheus import Readings, render
-from .trace import TRACEPARENT, Headers, Sampler, Trace, current_trace, outgoing
+from .trace import TRACEPARENT, Headers, Sampler, Trace, here, new_number, outgoing
 
 if TYPE_CHECKING:
+    from meshlib.config import Config
     from meshlib.mesh import Mesh
 
 logger = logging.getLogger("meshlib.observe")
@@ -49,13 +50,18 @@ _begun: ContextVar[spans.ClientSpan | None] = ContextVar("meshlib.begun", defaul
 class Observer:
     """Observes the calls of one process. `service` is who we are, `sample` the share of new traces that are sampled."""
 
-    __slots__ = ("_egress", "sample", "sampler", "service")
+    __slots__ = ("_egress", "_templates", "sample", "sampler", "service")
 
     def __init__(self, *, service: str = "", sample: float = 1.0) -> None:
         self.service = service
         self.sample = sample
         self.sampler = Sampler(sample)
         self._egress: dict[str, int] = {}
+        self._templates: dict[str, str] = {}
+
+    def use(self, config: Config) -> None:
+        """What a configuration says about our own routes: a span tells the template that a route matches, and not its name."""
+        self._templates = {route.name: _template(route.match.path) for route in config.own.routes if route.match.path is not None}
 
     # ------------------------------------------------------------------ out
 
@@ -71,7 +77,7 @@ class Observer:
             headers = spans.current_headers()
             if headers is not None:
                 return headers
-        trace = current_trace.get()
+        trace = here(self.sampler)
         return None if trace is None else trace.found.inner_headers
 
     def client_span(
@@ -91,7 +97,7 @@ class Observer:
         tracer = spans.tracer()
         if tracer is None:
             return None
-        trace = current_trace.get()
+        trace = here(self.sampler)
         span = None
         try:
             span = spans.client_span(
@@ -145,22 +151,29 @@ class Observer:
         path: str = "",
         scheme: str = "",
         rpc: str = "",
-    ) -> Trace | spans.ServerSpan:
+        number: int | None = None,
+    ) -> Trace | spans.ServerSpan | spans.QuietSpan:
         """A context manager around the handler. `peer` is the proved SPIFFE ID of the caller, or nothing.
 
         Set its `status` before it ends. With an SDK it is a SERVER span; without one, or where another instrumentation
         made the span, it only holds the trace.
         """
-        trace = Trace(headers, self.sampler, is_trusted=bool(peer))
+        trace = Trace(headers, self.sampler, is_trusted=bool(peer), number=number)
         tracer = spans.tracer()
         if tracer is None:
             return trace
         span = None
         try:
-            span = spans.server_span(tracer, method, route, trace, peer=peer or "", path=path, scheme=scheme, rpc=rpc)
+            known = self._templates.get(route, route)
+            span = spans.server_span(tracer, method, known, trace, peer=peer or "", path=path, scheme=scheme, rpc=rpc)
         except Exception:
             logger.warning(NO_SPAN, exc_info=True)
         return trace if span is None else span
+
+    def draw(self) -> tuple[int, bool]:
+        """For a call of which no trace is known: of which number its ids are made, and whether it is recorded."""
+        number = new_number()
+        return number, self.sampler.begins(number)
 
     # ------------------------------------------------------------------ numbers
 
@@ -175,7 +188,7 @@ class Observer:
         config, identity = mesh.config, mesh.identity
         with _lock:
             egress = dict(self._egress)
-        rates, checker = mesh.outbound.rates, mesh._checker
+        shared, checker = (mesh.outbound.rates, getattr(mesh, "inbound_rates", None)), mesh._checker
         # What a mesh of a test need not have.
         watch, trust = getattr(mesh, "watch", None), getattr(mesh, "trust", None)
         federation, keys = (None, None) if trust is None else (trust.federation, trust.keys)
@@ -191,6 +204,7 @@ class Observer:
         return Readings(
             engine=mesh.engine.stats(now),
             gate=mesh.gate.stats(),
+            house=mesh.gate.load(),
             discover=mesh.directory.stats(now),
             jobs=[(job.name, job.runs, job.failures) for job in mesh.keeper.jobs],
             identity=known,
@@ -203,7 +217,7 @@ class Observer:
             alerts={} if watch is None else watch.alerts.counts,
             tls={} if identity is None else identity.tls_stats(),
             pools=mesh.outbound.ledger.stats(),
-            rates=[] if rates is None else rates.stats(),
+            rates=[row for rates in shared if rates is not None for row in rates.stats()],
             checks=[] if checker is None else checker.stats(),
             fallbacks=mesh.fallbacks,
             reloads=mesh.reloads,

@@ -28,6 +28,7 @@ class Readings:
 
     engine: Sequence[Row] = ()
     gate: Sequence[Row] = ()
+    house: Row | None = None  # of what comes in: limit, waiting
     discover: Sequence[Row] = ()
     jobs: Sequence[tuple[str, int, int]] = ()  # name, runs, failures
     identity: Row | None = None  # rotations, failures, not_after, spent
@@ -240,6 +241,9 @@ def _attempts(text: Text, rows: Sequence[Row]) -> None:
 
 def _inbound(text: Text, readings: Readings) -> None:
     rows = readings.gate
+    if readings.house is not None:
+        text.add(names.ADMIT_INBOUND_LIMIT, [((), readings.house["limit"])])
+        text.add(names.ADMIT_INBOUND_WAITING, [((), readings.house["waiting"])])
     callers = [(row["service"], row["route"], row["method"], row["peer"]) for row in rows]
     for metric, key in (
         (names.SECURE_REQUESTS, "requests"),

@@ -5,37 +5,48 @@ imported otherwise. A CLIENT span stands for each attempt, with the number of th
 call that came in, so that a trace shows the retry that metrics only count. Names and attributes are the semantic
 conventions'.
 
-Where one of OpenTelemetry's own instrumentations has made the span already, or instrumentation is suppressed (an
-exporter at work), we make none. Bodies, headers, baggage and the values of queries are never attributes. Metrics are
-not made here: see `prometheus.py`.
+One call is one SERVER span, also where others make such spans. An instrumentation that stands around us has made it: we add
+what it can't know, who called and our route. One that stands inside (`is_traced_inside`) gets no span of ours around it, under
+which it would make a second; it finds the caller's trace in the headers, as without us. No suppression of OpenTelemetry's is
+used for that: it would take the spans of the handler's own calls along. Where instrumentation is suppressed (an exporter at
+work), we make none either.
+
+Bodies, headers, baggage and the values of queries are never attributes. Metrics are not made here: see `prometheus.py`.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from . import names
-from .trace import TRACEPARENT, TRACESTATE, Headers, Trace, traceparent
+from .trace import TRACEPARENT, TRACESTATE, Headers, Sampler, Trace, here, traceparent
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.trace import Span, Tracer
+    from opentelemetry.trace import Span, SpanContext, Tracer
 
 logger = logging.getLogger("meshlib.observe")
 
 _SDK: Final = "opentelemetry.sdk.trace"
 _CONTRIB: Final = "opentelemetry.instrumentation."
 _PLAIN_SUPPRESS: Final = "suppress_instrumentation"  # the key of older instrumentations
+# Where middleware keeps what it stands around: Starlette's, OpenTelemetry's for WSGI, Flask's, decorators' and bound methods'.
+_INNER: Final = ("app", "wsgi", "wsgi_app", "application", "__wrapped__", "__self__")
+_MOST_LAYERS: Final = 100
 
 _provider: Any = None
 _tracer: Tracer | None = None
+# OpenTelemetry's modules, once there is a tracer: an import in a function costs every call of it.
+_context: Any = None
+_trace: Any = None
 
 
 def tracer() -> Tracer | None:
     """The tracer, if the application configured an SDK. Asked for every call, so it is found without an import."""
-    global _provider, _tracer
+    global _provider, _tracer, _context, _trace
     if _SDK not in sys.modules:
         return None
     api = sys.modules["opentelemetry.trace"]
@@ -43,6 +54,7 @@ def tracer() -> Tracer | None:
     if provider is not _provider:
         is_real = not isinstance(provider, api.ProxyTracerProvider | api.NoOpTracerProvider)
         _tracer = provider.get_tracer("meshlib") if is_real else None
+        _context, _trace = importlib.import_module("opentelemetry.context"), api
         _provider = provider
     return _tracer
 
@@ -98,6 +110,13 @@ class ServerSpan:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.end(self.status, error)
 
+    def let_go(self) -> None:
+        """It ends when nobody knows what runs by then: only a context that is still ours is given back."""
+        from opentelemetry import context
+
+        if context.get_current() is not self._context:
+            self._token = None
+
     def end(self, status: int, error: BaseException | None = None) -> None:
         if self._is_over:
             return
@@ -108,6 +127,105 @@ class ServerSpan:
 
             context.detach(self._token)
             self._trace.end(status)
+
+
+class QuietSpan:
+    """A call that came in and isn't recorded: no span is made, and what runs on its behalf is told so, and told of which trace it is.
+
+    `observe.sample` decides before the SDK's sampler does, which costs ten times as much as the answer is worth; what it lets
+    through, the SDK's sampler may still leave out.
+    """
+
+    __slots__ = ("_context", "_token", "_trace", "status")
+
+    def __init__(self, parent: Trace) -> None:
+        self.status = 0
+        self._trace = parent
+        self._context: Any = None
+        self._token: Any = None
+
+    def __enter__(self) -> QuietSpan:
+        self._trace.__enter__()
+        self._context = _trace.set_span_in_context(_unrecorded(self._trace))
+        self._token = _context.attach(self._context)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.end(self.status, error)
+
+    def let_go(self) -> None:
+        """It ends when nobody knows what runs by then: only a context that is still ours is given back."""
+        from opentelemetry import context
+
+        if context.get_current() is not self._context:
+            self._token = None
+
+    def end(self, status: int, error: BaseException | None = None) -> None:
+        token, self._token = self._token, None
+        if token is not None:
+            _context.detach(token)
+            self._trace.end(status)
+
+
+_quiet: Any = None
+
+
+def quieten() -> Any:
+    """Tell what runs from here on that its call is not recorded; None where something around us has a span.
+
+    All such calls share one context: which trace they are of is found when somebody asks, by the call that runs then. Give back what is
+    returned to `unquieten`.
+    """
+    global _quiet
+    if _trace.get_current_span() is not _trace.INVALID_SPAN:
+        return None
+    if _quiet is None:
+        from opentelemetry.trace import NonRecordingSpan
+
+        class Quiet(NonRecordingSpan):
+            def __init__(self) -> None:
+                pass
+
+            def get_span_context(self) -> SpanContext:
+                trace = here(_sampler)
+                return _trace.INVALID_SPAN_CONTEXT if trace is None else _context_of(trace)  # type: ignore[no-any-return]
+
+            def __repr__(self) -> str:
+                return "<Quiet>"
+
+        _quiet = _trace.set_span_in_context(Quiet(), _context.Context())
+    return _context.attach(_quiet)
+
+
+def unquieten(token: Any) -> None:
+    _context.detach(token)
+
+
+# Of traces that have no name yet; those that a quiet call begins are not recorded, whatever it would say.
+_sampler: Final = Sampler(0.0)
+
+_Unrecorded: Any = None
+
+
+def _unrecorded(parent: Trace) -> Span:
+    """The span that is current where none is recorded. Its names are found when somebody asks, which most handlers never do."""
+    global _Unrecorded
+    if _Unrecorded is None:
+        from opentelemetry.trace import NonRecordingSpan
+
+        class Unrecorded(NonRecordingSpan):
+            def __init__(self, parent: Trace) -> None:
+                self._parent = parent
+
+            def get_span_context(self) -> SpanContext:
+                return _context_of(self._parent)  # type: ignore[no-any-return]
+
+            def __repr__(self) -> str:
+                return f"<Unrecorded {self._parent!r}>"
+
+        _Unrecorded = Unrecorded
+    span: Span = _Unrecorded(parent)
+    return span
 
 
 def client_span(
@@ -150,14 +268,21 @@ def client_span(
 
 def server_span(
     maker: Tracer, method: str, route: str, parent: Trace, *, peer: str, path: str, scheme: str, rpc: str
-) -> ServerSpan | None:
+) -> ServerSpan | QuietSpan | None:
     """A span for a call that came in, under the parent that its headers name; None where another instrumentation made
     it.
     """
-    from opentelemetry import context, trace
-
-    if is_suppressed() or _made_by_contrib(trace.get_current_span(), trace.SpanKind.SERVER):
+    context, trace = _context, _trace
+    around = trace.get_current_span()
+    if around is trace.INVALID_SPAN and not parent.is_sampled:
+        return QuietSpan(parent)
+    if is_suppressed():
         return None
+    if _made_by_contrib(around, trace.SpanKind.SERVER):
+        _add_ours(around, route, peer)
+        return None
+    if isinstance(around, trace.NonRecordingSpan) and _is_local(around):
+        return None  # made around us, and not to be recorded
     attributes: dict[str, Any] = {}
     if rpc:
         title = attributes[names.RPC_METHOD] = rpc.removeprefix("/")
@@ -195,6 +320,28 @@ def current_headers() -> Headers | None:
     return _headers_of(span) if span.get_span_context().is_valid else None
 
 
+def is_traced_inside(app: Any) -> bool:
+    """Does something make a SERVER span for each call further in: an instrumentation of OpenTelemetry's, or the framework itself?
+
+    Told by the modules of the layers and by the marks that instrumentations leave on applications, which no public interface tells.
+    What is mounted somewhere below isn't seen.
+    """
+    seen: set[int] = set()
+    layers = [app]
+    try:
+        while layers and len(seen) < _MOST_LAYERS:
+            layer = layers.pop()
+            if layer is None or id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            if _makes_spans(layer):
+                return True
+            layers += [getattr(layer, name, None) for name in _INNER]
+    except Exception:
+        logger.debug("an application can't be looked through", exc_info=True)  # a proxy of something that isn't there yet
+    return False
+
+
 def is_suppressed() -> bool:
     """Whether somebody asked for no spans in this context, as exporters do for their own calls."""
     from opentelemetry import context
@@ -216,6 +363,48 @@ def redacted(target: str) -> str:
 
 
 # ---------------------------------------------------------------------- pieces
+
+
+def _makes_spans(layer: Any) -> bool:
+    if _is_contrib(layer) or getattr(layer, "_is_instrumented_by_opentelemetry", False) is True:
+        return True
+    own = getattr(layer, "_telemetry", None)  # FastAPI's own tracing, in newer versions
+    if isinstance(own, dict) and own.get("tracing") is True:
+        return True
+    added = getattr(layer, "user_middleware", None)  # Starlette's, before its first call
+    if isinstance(added, list) and any(_is_contrib(getattr(each, "cls", None)) for each in added):
+        return True
+    return str(getattr(layer, "__module__", "")).startswith("django.") and _is_django_traced()
+
+
+def _is_contrib(layer: Any) -> bool:
+    return str(getattr(layer, "__module__", None) or "").startswith(_CONTRIB)
+
+
+def _is_django_traced() -> bool:
+    settings = getattr(sys.modules.get("django.conf"), "settings", None)
+    try:
+        return any(str(name).startswith(_CONTRIB) for name in getattr(settings, "MIDDLEWARE", ()))
+    except Exception:
+        return False  # not configured
+
+
+def _is_local(span: Span) -> bool:
+    found = span.get_span_context()
+    return found.is_valid and not found.is_remote
+
+
+def _add_ours(span: Any, route: str, peer: str) -> None:
+    """To the span that an instrumentation around us has made: who called, and the route, as far as it says none."""
+    if not span.is_recording():
+        return
+    if peer:
+        span.set_attribute(names.MESH_PEER, peer)
+    if route and not route.startswith("/"):
+        span.set_attribute(names.MESH_ROUTE, route)
+    elif route and names.HTTP_ROUTE not in (getattr(span, "attributes", None) or ()):
+        span.set_attribute(names.HTTP_ROUTE, route)
+        span.update_name(f"{str(span.name).partition(' ')[0]} {route}")
 
 
 def _made_by_contrib(span: Any, kind: Any) -> bool:

@@ -18,11 +18,15 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar, Token
 from typing import Final
 
+from meshlib.call import Visit, current_visit
+
 Headers = list[tuple[bytes, bytes]]
+Seen = Sequence[tuple[bytes, bytes]]
 
 TRACEPARENT: Final = b"traceparent"
 TRACESTATE: Final = b"tracestate"
@@ -48,8 +52,17 @@ _ODD: Final = b"13579bdf"
 
 # Not the global source: an application that seeds it would give the same traces to all its processes.
 _random = random.Random()  # names of traces are no secret
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _random.seed()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_random.seed)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Sampler:
@@ -64,8 +77,17 @@ class Sampler:
         self.share = share
         self._bound = round(share * 2**64)
 
+    def begins(self, number: int) -> bool:
+        """Is the trace recorded that is made of this number?"""
+        return self.is_sampled(number >> 64 or 1)
+
     def is_sampled(self, trace_id: int) -> bool:
         return trace_id & _LOW < self._bound
+
+
+def new_number() -> int:
+    """What the ids of a new trace and of its first span are made of."""
+    return _random.getrandbits(192)
 
 
 class Trace:
@@ -79,12 +101,13 @@ class Trace:
 
     __slots__ = ("_fields", "_found", "_is_trusted", "_number", "_sampler", "_token", "status")
 
-    def __init__(self, headers: Headers, sampler: Sampler, *, is_trusted: bool) -> None:
+    def __init__(self, headers: Seen, sampler: Sampler, *, is_trusted: bool, number: int | None = None) -> None:
         self.status = 0
         self._fields = [pair for pair in headers if pair[0] in _CARRIERS]
         self._sampler = sampler
         self._is_trusted = is_trusted
-        self._number = _random.getrandbits(192)  # drawn now, so that threads that read at once read the same
+        # Drawn now, so that threads that read at once read the same.
+        self._number = new_number() if number is None else number
         self._found: _Found | None = None
         self._token: Token[Trace | None] | None = None
 
@@ -94,6 +117,11 @@ class Trace:
 
     def __exit__(self, *error: object) -> None:
         self.end(self.status)
+
+    def let_go(self) -> None:
+        """It ends when nobody knows what runs by then: only a context that is still ours is given back."""
+        if current_trace.get() is not self:
+            self._token = None
 
     def end(self, status: int, error: BaseException | None = None) -> None:
         token, self._token = self._token, None
@@ -107,6 +135,13 @@ class Trace:
         found = self.found
         word = "sampled" if found.is_sampled else "not sampled"
         return f"<Trace {found.trace_id.decode()} {found.span_id.decode()} {word}>"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Is it to be recorded? Told without putting anything into words, since nearly all calls of a service are not."""
+        if self._found is None and not self._fields:
+            return self._sampler.begins(self._number)
+        return self.found.is_sampled
 
     @property
     def found(self) -> _Found:
@@ -158,12 +193,34 @@ class _Found:
 current_trace: ContextVar[Trace | None] = ContextVar("meshlib.trace", default=None)
 
 
+def here(sampler: Sampler) -> Trace | None:
+    """The place in a trace of what runs now; None where nothing has one.
+
+    A call that came in without anybody who records it has one as soon as somebody asks, and then it's the same for all.
+    """
+    trace = current_trace.get()
+    if trace is None:
+        visit = current_visit.get()
+        if visit is not None and visit.entry is not None:
+            trace = visit.trace or _begin(visit, sampler)
+    return trace
+
+
+def _begin(visit: Visit, sampler: Sampler) -> Trace:
+    with _lock:  # threads of one handler that ask at once get the same
+        if visit.trace is None:
+            is_trusted = visit.peer is not None and bool(visit.peer.spiffe_id)
+            visit.trace = Trace(visit.headers, sampler, is_trusted=is_trusted, number=visit.number)
+        trace: Trace = visit.trace
+        return trace
+
+
 def outgoing(sampler: Sampler, *, is_inner: bool = True) -> Headers:
     """The headers for a call made now. The list is shared: add it to another, don't change it.
 
     Baggage goes only to services of the mesh (`is_inner`).
     """
-    trace = current_trace.get()
+    trace = here(sampler)
     if trace is not None:
         found = trace.found
         return found.inner_headers if is_inner else found.headers

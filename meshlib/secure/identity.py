@@ -206,6 +206,11 @@ class IdentityStore:
         return server or generation.servers.setdefault(require_client, self._new_server(generation.identity, require_client))
 
     @property
+    def generation(self) -> object:
+        """What is in force now: another object after every change of certificate, roots or revocations; None without an identity."""
+        return self._generation
+
+    @property
     def next_refresh(self) -> float:
         """When `refresh` is due again, by the clock that its `now` is read from."""
         return self._next_refresh

@@ -3,8 +3,9 @@
 Decided once per connection, before a byte of it is taken for a request. The first byte tells TLS (22, a handshake record) from plain
 text. The mode of the service says what is taken: enforce takes mutual TLS only, and tells a plain caller so in words that a person
 with curl understands; permissive takes TLS and plain text on the same port; observe takes plain text, and TLS too once there is an
-identity to serve it with. Every new connection gets the newest identity. TLS itself is the wire crate's: what is asked here is
-which TLS, and what it proved, parsed once for the life of the connection.
+identity to serve it with. On the public listener, for callers without an identity, plain text is welcome in every mode, and so is TLS
+with a certificate or without: the gate has rules of its own for them. Every new connection gets the newest identity. TLS itself is the
+wire crate's: what is asked here is which TLS, and what it proved, parsed once for the life of the connection.
 
 What was proved can cease to hold while the connection is open: the certificate ends, or a root is withdrawn. `standing` says so, by
 the very TLS that shook hands against the one in force: the servers ask before each request, and close what is idle.
@@ -23,19 +24,23 @@ from collections.abc import Callable
 from enum import IntEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import WeakSet
 
 from .._native import core
 from ..call import Peer
 from ..errors import MeshError, PeerIdentityError
-from .way import PLAIN_TLS, InboundWay
+from .line import PLAIN_TLS
+from .way import InboundWay
 
 if TYPE_CHECKING:
+    from ..admit.inbound import InboundRates
     from ..config import Config
     from ..keeper import Keeper
     from ..observe import Observer
     from ..observe.edges import Watch
     from ..secure import IdentityStore
     from ..secure.trust import Trust
+    from .waiting import Room
 
 log = logging.getLogger("meshlib.server")
 
@@ -92,6 +97,9 @@ class Inside(Protocol):
     keeper: Keeper
     trust: Trust
     watch: Watch
+    room: Room
+    ways: WeakSet[InboundWay]
+    inbound_rates: InboundRates | None
 
     @property
     def identity(self) -> IdentityStore | None: ...
@@ -99,6 +107,7 @@ class Inside(Protocol):
     def start(self) -> object: ...
     def drain(self) -> object: ...
     def close(self) -> object: ...
+    def metrics(self) -> str: ...
 
 
 class Door:
@@ -108,13 +117,19 @@ class Door:
     `ended` because what their peer had proved ceased to hold.
     """
 
-    __slots__ = ("__weakref__", "_clock", "_mesh", "_told", "ended", "failed", "handshakes", "plain", "refused", "resumed")
+    __slots__ = (
+        *("__weakref__", "_clock", "_mesh", "_public", "_told"),
+        *("ended", "failed", "handshakes", "is_served", "plain", "refused", "resumed"),
+    )
 
     def __init__(self, mesh: Inside, clock: Callable[[], float] = time.monotonic) -> None:
         # Weak: the table of doors must not keep a mesh that nobody else has any more.
         self._mesh = weakref.ref(mesh)
         self.handshakes = self.resumed = self.failed = self.plain = self.refused = self.ended = 0
         self._clock = clock
+        self._public: int | None = None
+        # By `serve`, with all the listeners of the configuration; a server's own command knows one.
+        self.is_served = False
         # When a kind of failure was told last, and how many came since.
         self._told: dict[str, tuple[float, int]] = {}
 
@@ -129,18 +144,27 @@ class Door:
     def mode(self) -> str:
         return self.mesh.config.own.mode
 
-    @property
-    def is_plain_only(self) -> bool:
-        """True where nothing is to be told apart: mode observe, and no identity to serve TLS with."""
-        return self.mode == "observe" and self._store() is None
+    def is_public(self, port: int) -> bool:
+        """Is this port of ours the public listener's? To be asked with what the socket says, and never with what a request does.
 
-    def admits_plain(self, first: int) -> bool:
+        As it was when the first connection came: a listener that is open doesn't change sides with the configuration.
+        """
+        if self._public is None:
+            public = self.mesh.config.own.inbound.public
+            self._public = 0 if public is None else int(public.rpartition(":")[2])
+        return port != 0 and port == self._public
+
+    def takes_only_plain(self, *, is_public: bool = False) -> bool:
+        """True where nothing is to be told apart: plain text is welcome, and there is no identity to serve TLS with."""
+        return (is_public or self.mode == "observe") and self._store() is None
+
+    def admits_plain(self, first: int, *, is_public: bool = False) -> bool:
         """Judge a connection by its first byte: True, it is plain text and welcome; False, it must speak TLS."""
         if first == HANDSHAKE and self._store() is not None:
             return False
-        return self.mode != "enforce"
+        return is_public or self.mode != "enforce"
 
-    def open(self, first: int) -> core.TlsConnection | None:
+    def open(self, first: int, *, is_public: bool = False) -> core.TlsConnection | None:
         """TLS with the newest identity for a connection that must speak it; None if it doesn't try, or if we have none to speak it with:
         it gets `refusal_of`.
         """
@@ -148,11 +172,12 @@ class Door:
         if first != HANDSHAKE or store is None:
             self.refused += 1
             if first == HANDSHAKE:
-                log.warning("refused a TLS connection: this service has no identity (any more); the log says why it is gone")
+                text = "refused a TLS connection: this service has no identity (any more); the log says why it is gone"
+                self._tell(text, "%s%s", text)
             else:
                 log.info("refused a plain connection: this service is in mode enforce")
             return None
-        return core.TlsConnection(store.server_tls(self.mode == "enforce"))
+        return core.TlsConnection(store.server_tls(self.demands(is_public=is_public)))
 
     def welcome(self, tls: core.TlsConnection, address: str = "") -> tuple[Peer, dict[str, Any]]:
         """Who is there, now that the handshake is done: the peer, and the ASGI TLS extension with it. `address`: where it is."""
@@ -182,34 +207,49 @@ class Door:
     def fail(self, error: Exception) -> None:
         """A handshake failed: counted, and told, each kind once in a while, so that nobody can fill the log or hide in it."""
         self.failed += 1
-        kind, now = _kind_of(error), self._clock()
+        kind = _kind_of(error)
         if kind not in self._told and len(self._told) >= KINDS:
             kind = type(error).__name__
+        self._tell(kind, "a TLS handshake failed%s: %s", error, is_last=True)
+
+    def _tell(self, kind: str, line: str, what: object, *, is_last: bool = False) -> None:
+        now = self._clock()
         told, more = self._told.get(kind, (-QUIET, 0))
         if now - told < QUIET:
             self._told[kind] = told, more + 1
             return
         self._told[kind] = now, 0
-        log.warning("a TLS handshake failed%s: %s", f" (and {more} more of this kind since the last line)" if more else "", error)
+        others = f" (and {more} more of this kind since the last line)" if more else ""
+        log.warning(line, *((others, what) if is_last else (what, others)))
 
-    def standing(self, tls: core.TlsConnection) -> Standing:
+    def standing(self, tls: core.TlsConnection, *, is_public: bool = False) -> Standing:
         """Does what the handshake of this connection proved still hold?"""
         end = tls.peer_not_after
         if end and time.time() >= end:
             return Standing.OVER
-        present = self.tls
+        present = self.tls_for(is_public=is_public)
         if tls.server is present:
             return Standing.GOOD
         return Standing.LAST if present is not None and present.accepts(tls.peer_chain) else Standing.OVER
 
-    @property
-    def tls(self) -> core.TlsServer | None:
+    def demands(self, *, is_public: bool = False) -> bool:
+        """Is nobody let in without a certificate?"""
+        return self.mode == "enforce" and not is_public
+
+    def tls_for(self, *, is_public: bool = False) -> core.TlsServer | None:
         """The TLS that new connections get; None without an identity."""
         store = self._store()
         try:
-            return store.server_tls(self.mode == "enforce") if store is not None else None
+            return store.server_tls(self.demands(is_public=is_public)) if store is not None else None
         except MeshError:
             return None
+
+    @property
+    def force(self) -> tuple[object, object]:
+        """What connections are judged by: as long as both are the same objects, what was proved holds as it did."""
+        mesh = self.mesh
+        store = mesh.identity
+        return mesh.config, None if store is None else store.generation
 
     def seconds_left(self, tls: core.TlsConnection) -> float | None:
         """How long the proof of this connection's peer holds; None for a peer without one."""
@@ -225,6 +265,40 @@ class Door:
 # from a request: keys made of headers look different.
 PEER: Final = "meshlib.peer"
 SNI: Final = "meshlib.sni"
+# In the environ of WSGI beside them: our own port as the socket says it, and whether it is the public listener's.
+PORT: Final = "meshlib.port"
+PUBLIC: Final = "meshlib.public"
+# And when the request had come, by the monotonic clock: it may have waited for a thread since.
+ARRIVED: Final = "meshlib.arrived"
+
+
+class Proof:
+    """What the handshake of one connection proved, asked before each request: does it still hold? State of the connection.
+
+    Nearly always nothing has changed since it was asked last, and then the clock is all that is looked at.
+    """
+
+    __slots__ = ("_door", "_end", "_force", "_is_public", "_tls")
+
+    def __init__(self, door: Door, tls: core.TlsConnection, *, is_public: bool = False) -> None:
+        self._door = door
+        self._tls = tls
+        self._is_public = is_public
+        self._end = tls.peer_not_after
+        self._force: tuple[object, object] | None = None
+
+    def __call__(self) -> Standing:
+        config, generation = self._door.force
+        known = self._force
+        if known is not None and known[0] is config and known[1] is generation and (not self._end or time.time() < self._end):
+            return Standing.GOOD
+        standing = self._door.standing(self._tls, is_public=self._is_public)
+        if standing is Standing.GOOD:
+            self._force = config, generation
+        elif standing is Standing.OVER:
+            self._door.ended += 1
+        return standing
+
 
 _doors: weakref.WeakKeyDictionary[Inside, Door] = weakref.WeakKeyDictionary()
 _latest: Door | None = None
@@ -242,12 +316,37 @@ def door_of(mesh: Inside) -> Door:
 
 def way_into(mesh: Inside) -> InboundWay:
     """An inbound way of a mesh, which starts the mesh in the process that takes the first call."""
+    from .drain import Phase, drain_of
+
+    door = door_of(mesh)
 
     def wake() -> None:
+        drain = drain_of(mesh)
+        if drain.phase is Phase.ENDED:
+            drain.renew()  # an application that is started again, as test clients do
+        inbound = mesh.config.own.inbound
+        if not door.is_served and (inbound.probe or inbound.public):
+            log.warning(
+                "inbound.public and inbound.probe of services.%s are opened by `meshlib serve` and mesh.serve(), and not by a server's own "
+                "command: nobody listens there now.",
+                mesh.service,
+            )
         mesh.start()
         mesh.keeper.start()  # in a forked child, the mesh is started and its thread is not
 
-    return InboundWay(mesh.gate, mesh.observer, door=door_of(mesh), wake=wake, trust=mesh.trust)
+    way = InboundWay(
+        mesh.gate,
+        mesh.observer,
+        door=door,
+        wake=wake,
+        depart=lambda: drain_of(mesh).depart(),
+        trust=mesh.trust,
+        room=mesh.room,
+    )
+    drain_of(mesh).follow(way)
+    way.rates = mesh.inbound_rates
+    mesh.ways.add(way)
+    return way
 
 
 def has_latest() -> bool:

@@ -26,7 +26,8 @@ import grpc.aio
 from meshlib._native import core
 from meshlib.call import ENVOY_ATTEMPT, HEADER_ATTEMPT, STATE, Peer
 
-from .way import PLAIN, PLAIN_TLS, InboundWay, shown, step_in, step_out
+from .line import PLAIN, PLAIN_TLS
+from .way import InboundWay, shown, step_in, step_out, visit_of
 
 log = logging.getLogger("meshlib.server")
 
@@ -75,12 +76,12 @@ class Reception:
         left = context.time_remaining()
         end = None if left is None or left > FOREVER else now + left
         metadata = context.invocation_metadata()
+        layer, carriers = _read_metadata(metadata)
         # All of it: the gate knows what the policy asks about, by the same plan with which it judges.
         entry = way.gate.begin_grpc(
             method, peer.spiffe_id or None, peer.is_tls, now, end, metadata, way.wall_clock(), address_of(context.peer())
         )
-        headers = fields_of(metadata) if entry.custom else []
-        layer, carriers = _read_metadata(metadata)
+        headers = fields_of(metadata) if entry.custom else carriers
         span = None
         if way.observer is not None:
             span = way.observer.server_span("POST", entry.route, carriers, peer.spiffe_id, rpc=method)
@@ -169,7 +170,7 @@ def _attempt(value: Any) -> int:
 class Visit:
     """One call inside: what its handler sees by context variables, and what is noted at its end."""
 
-    __slots__ = ("_entry", "_headers", "_layer", "_peer", "_span", "_tokens", "_way", "refusal")
+    __slots__ = ("_entry", "_headers", "_layer", "_peer", "_seen", "_span", "_tokens", "_way", "refusal")
 
     def __init__(
         self,
@@ -187,6 +188,8 @@ class Visit:
         self._peer = peer
         self._layer = layer
         self._tokens: Any = None
+        # As the handler sees it.
+        self._seen: Any = None
         self._headers = headers
         self.refusal = refusal
 
@@ -207,7 +210,8 @@ class Visit:
 
     def begin(self) -> None:
         """Set the context of the handler."""
-        self._tokens = step_in(self._peer, self._entry, self._entry.deadline, self._layer)
+        self._seen = visit_of(self._entry, self._peer, self._headers, self._layer)
+        self._tokens = step_in(self._seen)
         if self._span is not None:
             self._span.__enter__()
 
@@ -215,6 +219,8 @@ class Visit:
         """The handler ended with a code: its place is free for another, and its thread as it was found."""
         number: int = code.value[0]
         self._way.leave(self._entry, number)
+        if self._seen is not None:
+            self._seen.end = None  # what runs on has time of its own
         if self._span is not None:
             self._span.end(number, None if code is grpc.StatusCode.OK else _Ended(code))
         tokens, self._tokens = self._tokens, None

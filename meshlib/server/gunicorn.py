@@ -1,18 +1,31 @@
-"""How does gunicorn get mutual TLS, and the application the peer?
+"""How does gunicorn get mutual TLS, the peer, and a good end?
 
 Worker classes for `gunicorn -k`: `SyncWorker`, `ThreadWorker` (gthread) and `ASGIWorker` (uvicorn in gunicorn's processes). The first
-two give gunicorn a `MeshSocket` for every connection: it looks at the first byte when gunicorn first reads, in the thread that
-serves the connection, and from then on is the plain socket or speaks TLS of the wire crate. gunicorn is started without its own
-`--certfile`. Each new connection takes the newest identity.
+two give gunicorn a `MeshSocket` for every connection (`gunicorn_socket.py`). gunicorn is started without its own `--certfile`. Each
+new connection takes the newest identity.
 
-Ways into gunicorn: its worker classes are meant to be derived from; what is overridden are methods without an underscore. Of both:
-`accept` (the listener is handed on inside a `_Listener`), `load_wsgi` (to put the peer into the environ) and `handle_exit`. Of gthread:
-`handle` (no thread before a request's head is there), `handle_request` (the last request of a connection whose peer's proof is not of
-today), `finish_request` (back to the poller, or straight back to work if what is decrypted already makes no socket readable),
-`murder_keepalived` and `murder_pending` (who is too slow, or would not be let in any more).
+A worker ends by the table of `drain.py`: SIGTERM drains, SIGINT drains without the wait, SIGQUIT ends at once, as ever in gunicorn. A
+second SIGTERM changes nothing: the arbiter itself says it again and again to workers that it has too many of. (`meshlib serve` makes a
+SIGQUIT of the second one that it gets itself.) Started by gunicorn's own command, a drain takes no longer than `graceful_timeout`.
 
-It does not speak HTTP/2. It sets no limit to bodies. A sync worker, with its one call at a time, has a limit of time for handshake and
-head, and no more protection from slow clients than that: it takes gthread.
+Ways into gunicorn: its worker classes are meant to be derived from; what is overridden or used are names without an underscore, and
+`tests/server/test_pinned_names.py` holds them against the installed release. Of all: `handle_exit`, `init_signals`, `notify` (called in
+every round of a worker's loop: the drain is looked after there). Of the two for WSGI: `accept` (the listener is handed on inside a
+`_Listener`) and `load_wsgi` (to put the peer into the environ). Of sync: `run`, `wait` and `handle_request`. Of gthread: `handle` (no
+thread before a request is there), `handle_request` (the last request of a connection whose peer's proof is not of today),
+`enqueue_req` (no thread for a silent connection; a note of the time for all others), `finish_request` (back to the poller, or straight
+back to work if what is decrypted already makes no socket readable; a connection that ends waits for its other end in the poller, where
+gunicorn's own would hold up all others), `set_accept_enabled` (when the server ends: whoever has connected by then is answered),
+`wait_for_and_dispatch_events`, `murder_keepalived` and `murder_pending` (who is too slow, or would not be let in any more). Both leave
+the queues of the listeners alone when other workers go on, and count on `sockets`, `ppid`, `nr_conns` and `worker_connections`.
+
+A request of gthread waits for its thread in gunicorn's own line, which is first come first served and knows no priorities. That time
+counts: against the deadline, and as time of the call. But places, queue and priorities of the mesh are only given to what has a thread,
+so that they mean little where there are fewer threads than places: a warning says so.
+
+It does not speak HTTP/2. It sets no limit to the size of bodies. A sync worker has one call at a time, and one slow caller holds it for
+as long as `slow.py` allows: `PATIENCE` for handshake and head, 20 seconds and 500 bytes a second for the body and for the answer. For
+callers from anywhere, take gthread. No WSGI server can see that its client goes away while a handler runs.
 """
 
 from __future__ import annotations
@@ -20,15 +33,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
+import math
+import os
 import selectors
 import signal
 import socket
+import struct
 import sys
 import time
+from collections import deque
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
@@ -36,405 +55,230 @@ from gunicorn.workers.gthread import TConn
 from gunicorn.workers.gthread import ThreadWorker as GunicornThreadWorker
 from gunicorn.workers.sync import SyncWorker as GunicornSyncWorker
 
-from .._native import core
-from ..call import Peer
-from ..errors import MeshError
+from ..observe.probe import Pulse
 from . import door as doors
-from .door import HEAD, PATIENCE, PEER, SNI, Door, Standing, refusal_of
-from .way import PLAIN, problem
+from .door import ARRIVED, PATIENCE, Door, Standing
+from .drain import LINGER, Drain, Phase, drain_of, last_resort
+from .gunicorn_socket import MeshSocket, place_of
 
-# Bytes of ciphertext read at once: some records, so that a large body takes few system calls.
-READ = 64 * 1024
-
-# Seconds that a connection without a request has when the worker ends.
-LINGER = 2.0
+log = logging.getLogger("meshlib.server")
 
 # What a connection is answered with that has no whole request yet: it goes back to the poller, and takes no thread.
 WAIT: Final = object()
 
+# Seconds until an idle connection is looked at again on which something has come in the moment it was to be closed.
+AGAIN: Final = 0.1
 
-class MeshSocket:
-    """A connection as gunicorn uses a socket. TLS or plain is decided by its first byte; `peer` is known when the handshake is done."""
+# Seconds that a worker has that is to end at once: gunicorn itself takes 0.1 of them.
+QUIT: Final = 0.5
 
-    __slots__ = (
-        *("_address", "_door", "_handshake", "_is_broken", "_is_over", "_is_settled", "_plain", "_searched", "_socket", "_tls"),
-        *("_until", "environ", "is_refused", "peer"),
-    )
+# Connections of one worker with threads. gunicorn's own number, said here because it bounds what callers can make it hold: `slow.AHEAD`
+# bytes for each, 64 MB.
+CONNECTIONS: Final = 1000
 
-    def __init__(self, sock: socket.socket, door: Door, address: str = "") -> None:
-        self._socket = sock
-        self._door = door
-        self._address = address
-        self._tls: core.TlsConnection | None = None
-        # TLS before the handshake is done.
-        self._handshake: core.TlsConnection | None = None
-        self._plain = b""
-        self._searched = 0
-        # Until when the handshake, or the head that is under way, must be complete.
-        self._until: float | None = None
-        self._is_settled = False
-        self._is_broken = False
-        self._is_over = False
-        # A request of it was answered 401, because the peer's proof has ended.
-        self.is_refused = False
-        self.peer: Peer = PLAIN
-        # What the environ of each request on this connection gets.
-        self.environ: dict[str, Any] = {PEER: PLAIN, "wsgi.url_scheme": "http"}
+# Connections that a worker still takes from the queue of a listener when it ends: more than any backlog holds.
+MOST_LAST: Final = 8192
 
-    @property
-    def has_pending(self) -> bool:
-        """Decrypted and not read yet: more to do, although the socket itself has nothing to say."""
-        return bool(self._plain)
+# Nobody waits at a listener.
+EMPTY: Final = (errno.EAGAIN, errno.EWOULDBLOCK)
 
-    @property
-    def standing(self) -> Standing:
-        """Does what the peer proved still hold?"""
-        return Standing.GOOD if self._tls is None else self._door.standing(self._tls)
+# Of the kernel's tcp_info, as much as is looked at.
+TCP_INFO_SIZE: Final = 28
 
-    @property
-    def is_broken(self) -> bool:
-        return self._is_broken
-
-    @property
-    def until(self) -> float | None:
-        """The end of the time for what is under way; None if nothing is."""
-        return self._until
-
-    # --- reading
-
-    def await_head(self) -> None:
-        """What is read from now on is a request's head, and has an end in time."""
-        if self._until is None:
-            self._until = time.monotonic() + PATIENCE
-
-    def end_head(self) -> None:
-        self._until = None
-
-    def has_head(self, before: bytes = b"") -> bool:
-        """Read what is there without waiting: is it a whole head, behind the bytes that were read before? True at the end, too.
-
-        To be called with a socket that does not block. Raises OSError for a connection that is lost, or too slow, or too talkative.
-        """
-        self._searched = 0
-        try:
-            while not self._is_complete(before):
-                if not self._step():
-                    return True
-        except BlockingIOError:
-            if not (before or self._plain or self._handshake is not None):
-                # Idle: that has a limit of its own.
-                self._until = None
-                return False
-            self.await_head()
-            if self._until is not None and time.monotonic() > self._until:
-                raise self._too_slow() from None
-            return False
-        return True
-
-    def _is_complete(self, before: bytes) -> bool:
-        if not self._plain and not before:
-            return False
-        whole = (before + self._plain if before else self._plain).lstrip(b"\r\n")
-        if whole.find(b"\r\n\r\n", max(self._searched - 3, 0)) >= 0:
-            return True
-        self._searched = len(whole)
-        if len(whole) > HEAD:
-            self._is_broken = True
-            raise _lost(f"the head of a request is longer than {HEAD} bytes")
-        return False
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        if self._is_broken:
-            # gunicorn drains what it closes. What comes after a refusal is no request, whatever it looks like.
-            return bytes(len(self._socket.recv(size)))
-        if self._plain:
-            return self._take(size)
-        if self._until is None and self._is_settled:
-            if self._tls is None:
-                return self._socket.recv(size, flags)
-            while not self._plain and self._step():
-                pass
-            return self._take(size)
-        return self._recv_in_time(size)
-
-    def _recv_in_time(self, size: int) -> bytes:
-        sock = self._socket
-        patience = sock.gettimeout()
-        try:
-            while not self._plain:
-                self.await_head()
-                left = (self._until or 0.0) - time.monotonic()
-                if left <= 0:
-                    raise self._too_slow()
-                sock.settimeout(left if patience is None else min(left, patience))
-                if not self._step():
-                    break
-        except BlockingIOError:
-            raise
-        except TimeoutError as error:
-            raise self._too_slow() from error
-        finally:
-            sock.settimeout(patience)
-        return self._take(size)
-
-    def _take(self, size: int) -> bytes:
-        piece = self._plain[:size]
-        self._plain = self._plain[size:]
-        self._searched = 0
-        return piece
-
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        view = memoryview(buffer)
-        data = self.recv(nbytes or len(view), flags)
-        view[: len(data)] = data
-        return len(data)
-
-    def _step(self) -> bool:
-        """Take in once what the socket has. False: the other side has ended. What fails is told as a connection that was lost."""
-        if not self._is_settled and self._handshake is None and not self._decide():
-            return False
-        if self._is_over:
-            return False
-        data = self._socket.recv(READ)
-        if not data:
-            if self._handshake is not None:
-                raise self._fall("closed in the handshake")
-            return False
-        tls = self._tls or self._handshake
-        if tls is None:
-            self._plain += data
-            return True
-        try:
-            plain, out, self._is_over = tls.receive(data)
-        except MeshError as error:
-            if self._handshake is not None:
-                self._door.fail(error)
-            raise self._broken(error) from error
-        self._plain += plain
-        if out:
-            self._answer(out)
-        if self._handshake is not None and not tls.is_handshaking:
-            self._settle(tls)
-        elif self._handshake is not None and self._is_over:
-            raise self._fall("closed in the handshake")
-        return bool(plain) or not self._is_over
-
-    def _decide(self) -> bool:
-        """By the first byte: plain text, TLS, or neither."""
-        sock, door = self._socket, self._door
-        if door.is_plain_only:
-            door.plain += 1
-            self._is_settled = True
-            return True
-        first = sock.recv(1, socket.MSG_PEEK)
-        if not first:
-            self._is_settled = True
-            return False
-        if door.admits_plain(first[0]):
-            door.plain += 1
-            self._is_settled = True
-            return True
-        try:
-            self._handshake = door.open(first[0])
-        except MeshError as error:
-            door.fail(error)
-            raise self._fall(f"the TLS handshake failed: {error}") from error
-        if self._handshake is None:
-            self._answer(refusal_of(first[0]))
-            raise self._fall("nothing to speak mutual TLS with, on one of the two sides")
-        self.await_head()
-        return True
-
-    def _settle(self, tls: core.TlsConnection) -> None:
-        """The handshake is done."""
-        try:
-            self.peer, extension = self._door.welcome(tls, self._address)
-        except MeshError as error:
-            self._door.fail(error)
-            raise self._broken(error) from error
-        self.environ = _environ(self.peer, extension, tls)
-        self._tls, self._handshake = tls, None
-        self._is_settled = True
-        # The head has a time of its own.
-        self._until = None
-
-    def refuse(self, start_response: Any) -> list[bytes]:
-        """The answer to a request whose peer has proved who they are, when that does not hold any more."""
-        self._door.ended += 1
-        self.is_refused = True
-        body, headers = problem(401, "secure.proof_ended")
-        headers = [*headers, (b"connection", b"close")]
-        start_response("401 Unauthorized", [(name.decode(), value.decode()) for name, value in headers])
-        return [body]
-
-    def _answer(self, out: bytes) -> None:
-        try:
-            self._socket.sendall(out)
-        except OSError as error:
-            # A record that went out by half can't be mended; and who does not take so little is not waited for.
-            raise self._fall("an answer of TLS could not be sent") from error
-
-    def _fall(self, message: str) -> OSError:
-        self._is_broken = self._is_settled = True
-        return _lost(message)
-
-    def _too_slow(self) -> OSError:
-        return self._fall("no handshake and no whole head in time")
-
-    # --- writing
-
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        if self._is_broken:
-            raise _lost("the connection was refused, or a record was not sent whole")
-        if self._tls is None:
-            self._socket.sendall(data, flags)
-            return
-        try:
-            out = self._tls.send(data)
-        except MeshError as error:
-            raise self._broken(error) from error
-        # A record that went out by half can't be mended.
-        self._is_broken = True
-        self._socket.sendall(out)
-        self._is_broken = False
-
-    def send(self, data: Any, flags: int = 0) -> int:
-        if self._tls is None and not self._is_broken:
-            return self._socket.send(data, flags)
-        self.sendall(data)
-        return len(data)
-
-    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
-        if self._tls is None:
-            return self._socket.sendfile(file, offset, count)
-        file.seek(offset)
-        left, sent = count, 0
-        while left is None or left > 0:
-            piece = file.read(READ if left is None else min(READ, left))
-            if not piece:
-                break
-            self.sendall(piece)
-            sent += len(piece)
-            if left is not None:
-                left -= len(piece)
-        return sent
-
-    def _broken(self, error: Exception) -> OSError:
-        tls = self._tls or self._handshake
-        if tls is not None and not self._is_broken:
-            with contextlib.suppress(OSError):
-                self._socket.sendall(tls.pending())
-        return self._fall(f"the TLS {'connection' if self._tls is not None else 'handshake'} failed: {error}")
-
-    # --- the rest of a socket
-
-    def shutdown(self, how: int) -> None:
-        if how != socket.SHUT_RD:
-            self._say_goodbye()
-        self._socket.shutdown(how)
-
-    def close(self) -> None:
-        self._say_goodbye()
-        self._socket.close()
-
-    def _say_goodbye(self) -> None:
-        if self._tls is not None and not self._is_broken and self._socket.fileno() >= 0:
-            self._is_broken = True
-            with contextlib.suppress(OSError, MeshError):
-                self._socket.setblocking(False)
-                self._socket.sendall(self._tls.close())
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def settimeout(self, value: float | None) -> None:
-        self._socket.settimeout(value)
-
-    def gettimeout(self) -> float | None:
-        return self._socket.gettimeout()
-
-    def setblocking(self, flag: bool) -> None:
-        self._socket.setblocking(bool(flag))
-
-    def getpeername(self) -> Any:
-        return self._socket.getpeername()
-
-    def getsockname(self) -> Any:
-        return self._socket.getsockname()
-
-    def getsockopt(self, *args: Any) -> Any:
-        return self._socket.getsockopt(*args)
-
-    def setsockopt(self, *args: Any) -> None:
-        self._socket.setsockopt(*args)
-
-    @property
-    def family(self) -> int:
-        return self._socket.family
-
-    def __repr__(self) -> str:
-        kind = "tls" if self._tls is not None else "plain" if self._is_settled else "new"
-        return f"<MeshSocket {kind} fd={self.fileno()} peer={self.peer.spiffe_id!r}>"
-
-
-def _lost(message: str) -> OSError:
-    # gunicorn takes a reset for what it is: nothing to answer, nothing to shout about.
-    return ConnectionResetError(errno.ECONNRESET, message)
-
-
-def _environ(peer: Peer, extension: dict[str, Any], tls: core.TlsConnection) -> dict[str, Any]:
-    """What each request's environ says of its connection: the peer, and the keys that mod_ssl made customary."""
-    found: dict[str, Any] = {
-        PEER: peer,
-        SNI: tls.server_name or "",
-        "wsgi.url_scheme": "https",
-        "HTTPS": "on",
-        "SSL_PROTOCOL": tls.tls_version or "",
-        "SSL_CIPHER": tls.tls_cipher or "",
-        "SSL_CLIENT_VERIFY": "SUCCESS" if peer.spiffe_id else "NONE",
-    }
-    for index, pem in enumerate(extension["client_cert_chain"]):
-        found["SSL_CLIENT_CERT" if index == 0 else f"SSL_CLIENT_CERT_CHAIN_{index - 1}"] = pem
-    if peer.spiffe_id:
-        found["SSL_CLIENT_M_SERIAL"] = peer.serial.upper()
-        found["SSL_CLIENT_S_DN"] = extension["client_cert_name"] or ""
-    return found
+# Seconds that an ending worker gives the arbiter to close its listeners, where a terminal or a supervisor signals all of them at once.
+ARBITER: Final = 0.2
 
 
 class _Listener:
     """A listener whose connections come through the door."""
 
-    __slots__ = ("_door", "_listener")
+    __slots__ = ("_door", "_listener", "_name", "_place")
 
     def __init__(self, listener: Any, door: Door) -> None:
         self._listener = listener
         self._door = door
+        self._name = listener.getsockname()
+        # A connection's own end is where its listener is: what is asked once need not be asked for each.
+        self._place = place_of(listener, door)
 
     def accept(self) -> tuple[MeshSocket, Any]:
         sock, address = self._listener.accept()
         # Of a UNIX socket there is none.
-        return MeshSocket(sock, self._door, str(address[0]) if isinstance(address, tuple) else ""), address
+        return MeshSocket(sock, self._door, str(address[0]) if isinstance(address, tuple) else "", self._place), address
+
+    def getsockname(self) -> Any:
+        return self._name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._listener, name)
 
 
-class _Mesh:
-    """What both kinds of worker do alike. `door` is set by `meshlib serve`; otherwise it is that of the process's latest mesh."""
+class _Queue:
+    """What was left in the queue of a listener when it was closed, as a listener."""
+
+    __slots__ = ("_name", "_waiting")
+
+    def __init__(self, listener: Any, door: Door, log: Any) -> None:
+        through = _Listener(listener, door)
+        self._name = through.getsockname()
+        self._waiting: deque[tuple[MeshSocket, Any]] = deque()
+        while len(self._waiting) < MOST_LAST:
+            try:
+                self._waiting.append(through.accept())
+            except OSError as error:
+                if error.errno == errno.ECONNABORTED:
+                    continue
+                if error.errno not in EMPTY:
+                    log.error("Whoever else waits at %s when this worker ends is not answered: %s", self._name, error)
+                break
+        # Nobody can connect from here on.
+        listener.close()
+
+    def accept(self) -> tuple[MeshSocket, Any]:
+        if not self._waiting:
+            raise BlockingIOError(errno.EAGAIN, "nobody is left")
+        return self._waiting.popleft()
+
+    def getsockname(self) -> Any:
+        return self._name
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+
+def is_closed_above(listener: Any, parent: int) -> bool:
+    """Has the arbiter closed its own end of a listener? It does when the whole server ends, and not for a worker that others replace.
+
+    Where that can't be seen (no /proc, or the worker runs as somebody else), it is taken for the end, so that nobody is lost.
+    """
+    name = Path(f"socket:[{os.fstat(listener.fileno()).st_ino}]")
+    try:
+        for each in Path(f"/proc/{parent}/fd").iterdir():
+            # Some of them are gone by now.
+            with contextlib.suppress(FileNotFoundError):
+                if each.readlink() == name:
+                    return False
+    except OSError:
+        pass
+    return True
+
+
+def waiting_at(listener: Any) -> int:
+    """How many wait in the queue of a listener; 0 where the system doesn't tell."""
+    try:
+        info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+    except (OSError, AttributeError):
+        return 0
+    # tcpi_unacked: of a listener it is the length of its queue.
+    return int(struct.unpack_from("=I", info, 24)[0]) if len(info) >= TCP_INFO_SIZE else 0
+
+
+class _Ending:
+    """How workers end. `door` is set by `meshlib serve`; otherwise it is that of the process's latest mesh."""
 
     door: Door | None = None
-    wsgi: Any
+    pulse: Pulse | None = None
+    # Of this worker's process.
+    _drain: Drain | None = None
+    alive: bool
+    cfg: Any
+    sockets: Any
 
-    def accept(self, listener: Any) -> None:
-        super().accept(_Listener(listener, self.door or doors.latest()))  # type: ignore[misc]
+    @property
+    def drain(self) -> Drain:
+        if self._drain is None:
+            self._drain = drain_of((self.door or doors.latest()).mesh)
+        return self._drain
+
+    def init_signals(self) -> None:
+        super().init_signals()  # type: ignore[misc]
+        signal.signal(signal.SIGINT, self.handle_exit)
+        signal.siginterrupt(signal.SIGINT, False)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        (self.door or doors.latest()).mesh.drain()
+        if self.door is None and not doors.has_latest():
+            # Before the application was loaded.
+            self.close_down(sig, frame)
+            return
+        mesh = (self.door or doors.latest()).mesh
+        phase = self.drain.begin(is_person=sig == signal.SIGINT, longest=float(self.cfg.graceful_timeout))
+        mesh.drain()
+        if phase >= Phase.CLOSING:
+            self.close_down(sig, frame)
+        else:
+            self.wake_up()
+
+    def notify(self) -> None:
+        super().notify()  # type: ignore[misc]
+        if self.pulse is not None:
+            self.pulse.begin()
+        if (self.door is not None or doors.has_latest()) and self.drain.look() >= Phase.CLOSING and self.alive:
+            self.close_down(signal.SIGTERM, None)
+
+    def close_down(self, sig: int, frame: FrameType | None) -> None:
+        """CLOSING begins: gunicorn's own end, within what is left of our time."""
+        if self.door is not None or doors.has_latest():
+            self.cfg.set("graceful_timeout", math.ceil(self.drain.left))
         super().handle_exit(sig, frame)  # type: ignore[misc]
+
+    def wake_up(self) -> None:
+        """The worker's loop looks at the drain now. A signal does that by itself where the loop waits in `select`."""
+
+
+class _Mesh(_Ending):
+    """What both kinds of worker for WSGI do alike."""
+
+    wsgi: Any
+    log: Any
+    ppid: int
+
+    def init_process(self) -> None:
+        # The listeners of this process, as they are handed to gunicorn's own `accept`.
+        self.through: dict[Any, Any] = {}
+        super().init_process()  # type: ignore[misc]
+
+    def accept(self, listener: Any) -> None:
+        through = self.through.get(listener)
+        if through is None:
+            is_ours = isinstance(listener, _Queue)
+            through = self.through[listener] = listener if is_ours else _Listener(listener, self.door or doors.latest())
+        super().accept(through)  # type: ignore[misc]
+
+    def close_listeners(self) -> list[_Queue]:
+        """Whoever has connected by now is answered."""
+        return [_Queue(listener, self.door or doors.latest(), self.log) for listener in self.sockets]
+
+    def is_last(self) -> bool:
+        """Does the whole server end? Otherwise the queues of the listeners are left to the workers that go on, or come."""
+        until = time.monotonic() + ARBITER
+        while self.sockets and os.getppid() == self.ppid and not is_closed_above(self.sockets[0], self.ppid):
+            if time.monotonic() > until:
+                return False
+            time.sleep(ARBITER / 10)
+        return True
+
+    def handle_quit(self, sig: int, frame: FrameType | None) -> None:
+        # A handler's thread may take its time, and an application may catch what is raised in it.
+        last_resort(QUIT)
+        if self.door is not None or doors.has_latest():
+            # gunicorn's `handle` takes our SystemExit for a failed request, and its `run` goes on: nobody else is taken.
+            self.drain.end()
+        super().handle_quit(sig, frame)  # type: ignore[misc]
 
     def load_wsgi(self) -> None:
         super().load_wsgi()  # type: ignore[misc]
-        self.wsgi = _Stamped(self.wsgi)
+        # An application without a mesh is no reason to start its worker again and again: raised here, it ends the arbiter, too.
+        inbound = (self.door or doors.latest()).mesh.config.own.inbound
+        threads = self.cfg.threads if isinstance(self, ThreadWorker) else 1
+        if threads < inbound.in_flight and (inbound.adaptive is not None or inbound.priorities):
+            log.warning(
+                "`inbound.adaptive` and `inbound.priority` say little here: a worker has %d threads, which is less than its %d places "
+                "(in_flight), so that calls wait for threads, first come first served. Give it more threads, or set "
+                "`inbound.in_flight` below their number.",
+                threads,
+                inbound.in_flight,
+            )
+        self.wsgi = _Stamped(self.wsgi, self.drain)
 
 
 class SyncWorker(_Mesh, GunicornSyncWorker):
@@ -442,22 +286,102 @@ class SyncWorker(_Mesh, GunicornSyncWorker):
 
     def handle_request(self, listener: Any, req: Any, client: Any, addr: Any) -> Any:
         client.end_head()
-        return super().handle_request(listener, req, client, addr)  # type: ignore[no-untyped-call]
+        result = super().handle_request(listener, req, client, addr)  # type: ignore[no-untyped-call]
+        client.end_request(is_read=_is_read(req))
+        return result
+
+    def wait(self, timeout: float) -> Any:
+        if not self.alive:
+            return []
+        leaving = self.drain.phase is Phase.LEAVING
+        return super().wait(min(timeout, self.drain.left + 0.01) if leaving else timeout)  # type: ignore[no-untyped-call]
+
+    def run(self) -> None:
+        super().run()  # type: ignore[no-untyped-call]
+        if self.drain.phase is Phase.CLOSING and self.is_last():
+            self.empty_queues()
+
+    def empty_queues(self) -> None:
+        """Answer who waits, one after the other, while the grace lasts.
+
+        All workers take from the same queues. When ours is done of those who waited when closing began, we take who has come since, and
+        close: were it left open, there would be no end to newcomers.
+        """
+        shares = {listener: math.ceil(waiting_at(listener) / max(1, self.cfg.workers)) for listener in self.sockets}
+        while shares and self.drain.look() is not Phase.ENDED:
+            for listener in tuple(shares):
+                self.notify()
+                shares[listener] -= 1
+                if shares[listener] < 0 or not self.has_served(listener):
+                    del shares[listener]
+        if self.drain.phase is Phase.ENDED:
+            return
+        for last in self.close_listeners():
+            while last and self.drain.look() is not Phase.ENDED:
+                self.notify()
+                self.accept(last)
+
+    def has_served(self, listener: Any) -> bool:
+        """One of those who wait; False if nobody does."""
+        try:
+            self.accept(listener)
+        except OSError as error:
+            if error.errno in EMPTY:
+                return False
+            if error.errno != errno.ECONNABORTED:
+                raise
+        return True
 
 
 class ThreadWorker(_Mesh, GunicornThreadWorker):
     """A pool of threads and kept-alive connections: gthread.
 
-    A thread is taken for a request whose head is complete. Whoever is slower, with the handshake or with the head, waits in the poller,
-    and has `PATIENCE` for it; so it takes no thread to be slow, nor many connections to stop the worker.
+    A thread is taken for a request that is there: its head, and the whole or the first 64 KiB of its body. Whoever is slower, with the
+    handshake, the head or the body, waits in the poller; so it takes no thread to be slow, nor many connections to stop the worker.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # Connections that have had their last answer, and until when they may last: until their other end has closed, too.
+        self.parting: dict[TConn, float] = {}
+
+    def notify(self) -> None:
+        if self.pulse is not None:
+            self.pulse.beat()
+        super().notify()
+        if self.alive and self.nr_conns >= self.worker_connections:
+            self.make_room()
+
+    def wake_up(self) -> None:
+        self.method_queue.defer(lambda: None)  # type: ignore[no-untyped-call]
+
+    def enqueue_req(self, conn: TConn) -> None:
+        sock = conn.sock
+        if sock.is_unheard and not sock.is_readable:
+            # Just accepted, and silent: that takes no thread.
+            sock.is_unheard = False
+            self._await(conn)
+            return
+        sock.is_unheard = False
+        # It may be a while until a thread has time.
+        sock.queued = time.monotonic()
+        super().enqueue_req(conn)  # type: ignore[no-untyped-call]
+
+    def _await(self, conn: TConn) -> None:
+        """Back to the poller, until more of its request comes."""
+        sock = conn.sock
+        sock.setblocking(False)
+        # Not from now: a byte that is none of a request doesn't renew it.
+        conn.timeout = sock.since + (PATIENCE if sock.is_unused else self.cfg.keepalive or PATIENCE)
+        self.pending_conns.append(conn)
+        self.poller.register(sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))  # type: ignore[union-attr]
 
     def handle(self, conn: TConn) -> Any:
         sock = conn.sock
         try:
-            sock.setblocking(False)
-            before = conn.parser.unreader.buf.getvalue() if conn.parser is not None else b""
-            if not sock.has_head(before):
+            if conn.parser is not None and (before := conn.parser.unreader.take_buffered()):
+                sock.unread(before)
+            if not sock.has_request():
                 return WAIT
         except OSError as error:
             self.log.debug("Connection lost: %s", error)
@@ -469,63 +393,132 @@ class ThreadWorker(_Mesh, GunicornThreadWorker):
     def handle_request(self, req: Any, conn: TConn) -> Any:
         sock = conn.sock
         sock.end_head()
+        sock.request = req
         if sock.standing is not Standing.GOOD:
             req.force_close()
         is_kept = super().handle_request(req, conn)  # type: ignore[no-untyped-call]
+        sock.end_request(is_read=False)
         # In case it ended between the two looks.
         return is_kept and not sock.is_refused
 
     def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
         result = fs.result() if not fs.cancelled() and fs.exception() is None else False
         if result is WAIT:
-            conn.sock.setblocking(False)
-            conn.timeout = time.monotonic() + (self.cfg.keepalive or PATIENCE)
-            self.pending_conns.append(conn)
-            self.poller.register(  # type: ignore[union-attr]
-                conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn)
-            )
-        elif result is True and conn.sock.has_pending:
-            self.enqueue_req(conn)  # type: ignore[no-untyped-call]
-        elif conn.sock.is_broken:
-            # Nobody waits for what a lost connection may still say.
-            self.nr_conns -= 1
-            conn.close()  # type: ignore[no-untyped-call]
+            self._await(conn)
+        elif not result or conn.sock.is_broken:
+            self._part(conn)
+        elif conn.sock.has_pending:
+            self.enqueue_req(conn)
         else:
             super().finish_request(conn, fs)  # type: ignore[no-untyped-call]
 
+    # --- who is too slow
+
+    def make_room(self) -> None:
+        """No connection more may come in: the oldest goes that never had an answer. One whose head has come is the last choice."""
+        unused = (conn for conn in self.pending_conns if conn.sock.is_unused)
+        oldest = min(unused, key=lambda conn: (conn.sock.arrived > 0, conn.sock.since), default=None)
+        if oldest is not None:
+            self.pending_conns.remove(oldest)
+            self._end(oldest)
+
     def murder_keepalived(self, force: bool = False) -> None:
         """Idle connections, of callers too that would not be let in any more."""
-        for conn in [conn for conn in self.keepalived_conns if conn.sock.standing is Standing.OVER]:
-            self.keepalived_conns.remove(conn)
-            self._end(conn)
+        now = time.monotonic()
+        for conn in tuple(self.keepalived_conns):
+            if conn.sock.standing is Standing.OVER:
+                self.keepalived_conns.remove(conn)
+                self._end(conn)
+            elif conn.timeout <= now and not force and conn.sock.is_readable:
+                # The next request came first.
+                conn.timeout = now + AGAIN
         super().murder_keepalived(force)  # type: ignore[no-untyped-call]
 
     def murder_pending(self) -> None:
-        """Connections that have not come to a whole head."""
+        """Connections that have not come to a whole request, and those that have had their last answer."""
         now = time.monotonic()
         for conn in tuple(self.pending_conns):
-            until = conn.sock.until
-            if until is None and not self.alive:
+            until: float = now if conn.timeout is None else conn.timeout
+            until = conn.sock.until or until
+            if conn.sock.until is None and not self.alive:
                 # The worker ends: what has not begun by now has a moment left.
-                conn.timeout = min(conn.timeout, now + LINGER)
-            if now > (conn.timeout if until is None else until) or conn.sock.standing is Standing.OVER:
+                conn.timeout = until = min(until, now + LINGER)
+            is_over = conn.sock.standing is Standing.OVER
+            if is_over or (now > until and not conn.sock.is_readable):
                 self.pending_conns.remove(conn)
-                self._end(conn)
+                if is_over:
+                    self._end(conn)
+                    continue
+                self._forget(conn)
+                if conn.sock.expire():
+                    self._part(conn)
+                else:
+                    self._drop(conn)
+        for conn in [conn for conn, until in self.parting.items() if until < now]:
+            del self.parting[conn]
+            self._end(conn)
+
+    # --- the end of a connection
+
+    def _part(self, conn: TConn) -> None:
+        """The last is said. What still comes is read and forgotten: closed at once, the connection could lose what was said."""
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+            if not conn.sock.has_ended():
+                self.parting[conn] = time.monotonic() + LINGER
+                self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._part_further, conn))  # type: ignore[union-attr]
+                return
+        except (OSError, ValueError):
+            pass
+        self._drop(conn)
+
+    def _part_further(self, conn: TConn, sock: MeshSocket) -> None:
+        try:
+            if not sock.has_ended():
+                return
+        except OSError:
+            pass
+        self.parting.pop(conn, None)
+        self._end(conn)
 
     def _end(self, conn: TConn) -> None:
+        self._forget(conn)
+        self._drop(conn)
+
+    def _forget(self, conn: TConn) -> None:
         with contextlib.suppress(OSError, KeyError, ValueError):
             self.poller.unregister(conn.sock)  # type: ignore[union-attr]
+
+    def _drop(self, conn: TConn) -> None:
         self.nr_conns -= 1
         conn.close()  # type: ignore[no-untyped-call]
+
+    # --- the end of the worker
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        if self.drain.phase is Phase.LEAVING:
+            timeout = min(timeout, self.drain.left + 0.01)
+        elif not self.alive:
+            timeout = min(timeout, AGAIN)
+        super().wait_for_and_dispatch_events(timeout)  # type: ignore[no-untyped-call]
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        super().set_accept_enabled(enabled)  # type: ignore[no-untyped-call]
+        if enabled or self.alive or self.drain.phase is Phase.SERVING or not self.is_last():
+            return
+        for last in self.close_listeners():
+            while last:
+                self.accept(last)
 
 
 class _Stamped:
     """The application as gunicorn calls it: with the connection's peer in every environ."""
 
-    __slots__ = ("_app",)
+    __slots__ = ("_app", "_drain")
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, drain: Drain) -> None:
         self._app = app
+        self._drain = drain
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         sock = environ.get("gunicorn.socket")
@@ -533,13 +526,31 @@ class _Stamped:
             if sock.standing is Standing.OVER:
                 return sock.refuse(start_response)
             environ.update(sock.environ)
+            if sock.arrived:
+                environ[ARRIVED] = sock.arrived
+            if sock.request is not None:
+                start_response = _Last(sock.request, start_response, self._drain)
         return self._app(environ, start_response)
 
 
-class ASGIWorker(Worker):
-    """uvicorn, one server per process of gunicorn's. For ASGI applications that want several processes."""
+class _Last:
+    """`start_response` on a connection that is kept: an answer that begins while the worker closes is its last, whenever it was asked."""
 
-    door: Door | None = None
+    __slots__ = ("_drain", "_request", "_start_response")
+
+    def __init__(self, request: Any, start_response: Any, drain: Drain) -> None:
+        self._request = request
+        self._start_response = start_response
+        self._drain = drain
+
+    def __call__(self, *args: Any) -> Any:
+        if self._drain.is_closing:
+            self._request.force_close()
+        return self._start_response(*args)
+
+
+class ASGIWorker(_Ending, Worker):
+    """uvicorn, one server per process of gunicorn's. For ASGI applications that want several processes."""
 
     def init_signals(self) -> None:
         # gunicorn's would swallow what uvicorn's graceful end needs; uvicorn sets TERM and INT by itself.
@@ -548,22 +559,30 @@ class ASGIWorker(Worker):
         signal.signal(signal.SIGUSR1, self.handle_usr1)
         signal.siginterrupt(signal.SIGUSR1, False)
 
+    def notify(self) -> None:
+        # uvicorn looks after the drain.
+        Worker.notify(self)  # type: ignore[no-untyped-call]
+
     def run(self) -> None:
         from .serve import uvicorn_server
 
         async def notify() -> None:
-            self.notify()  # type: ignore[no-untyped-call]
+            self.notify()
 
         server = uvicorn_server(
             self.wsgi,
             self.door or doors.latest(),
+            pulse=self.pulse,
+            is_alone=False,
+            longest=float(self.cfg.graceful_timeout),
             backlog=self.cfg.backlog,
             timeout_keep_alive=self.cfg.keepalive,
-            timeout_graceful_shutdown=self.cfg.graceful_timeout,
             limit_max_requests=None if self.max_requests == sys.maxsize else self.max_requests,
             callback_notify=notify,
             timeout_notify=max(1, self.timeout // 2) if self.timeout else 30,
         )
+
+        server.has_process = True  # type: ignore[attr-defined]
 
         async def serve() -> None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
@@ -574,3 +593,12 @@ class ASGIWorker(Worker):
             runner.run(serve())
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)  # the arbiter gives up, instead of starting it for ever
+
+
+def _is_read(req: Any) -> bool:
+    """Has all of a request been read? Known where its length was told."""
+    reader = getattr(getattr(req, "body", None), "reader", None)
+    return getattr(reader, "length", None) == 0
+
+
+__all__ = ["ASGIWorker", "MeshSocket", "SyncWorker", "ThreadWorker"]

@@ -1,12 +1,16 @@
 """How is an application served, with the service's own certificate, until it is told to stop?
 
 ASGI applications by uvicorn, WSGI applications by gunicorn; several ASGI processes by uvicorn inside gunicorn's. The choice of server is
-the only thing that happens here: TLS, identity and policy are the same behind each, and come with the mesh. The address is bound before
-anything else, so that a port in use is an error with a name, and not a line in a log.
+the only thing that happens here: TLS, identity and policy are the same behind each, and come with the mesh. Where the service has a public
+listener, the same server accepts on it; where it has one for probes, the keeper of each process answers there.
 
-A first SIGTERM or SIGINT drains: readiness goes false, no connection is accepted, what is in flight is answered with `Connection: close`,
-for at most `GRACE` seconds. A second one ends at once. With gunicorn nothing of the mesh runs in the process that only watches the
-others: a worker starts what it needs after the fork.
+A first SIGTERM drains by the table of `drain.py`; SIGINT is a person, who isn't made to wait. A second one ends at once. With gunicorn
+nothing of the mesh runs in the process that only watches the others: a worker starts what it needs after the fork.
+
+Ways into uvicorn: `Server` is meant to be derived from; what is overridden are methods without an underscore (`handle_exit`,
+`capture_signals`, `on_tick`, `startup`, `shutdown`, `run`), and what is used are attributes without one (`config`, `servers`,
+`server_state.connections`, `lifespan.state`, `started`, `should_exit`, `force_exit`). Into gunicorn: `Arbiter.signal`, `kill_workers` and
+`pid`. `tests/server/test_pinned_names.py` holds all of them against the installed releases.
 
 It is not a process manager beyond that: no reload, no daemon, no uid. Who needs those starts gunicorn or uvicorn by their own commands,
 with `meshlib.server.gunicorn` and `meshlib.server.uvicorn`.
@@ -14,37 +18,44 @@ with `meshlib.server.gunicorn` and `meshlib.server.uvicorn`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import errno
 import inspect
 import logging
+import math
 import os
+import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ConfigError, ListenError, MeshError
+from ..observe.probe import ProbeListener, Pulse
 from .asgi import MeshASGI
 from .door import Door, Inside, door_of, way_into
+from .drain import LAST, Phase, disarm, drain_of, last_resort
+from .listeners import BACKLOG, Listeners, bind
 from .wsgi import MeshWSGI
 
 if TYPE_CHECKING:
     import uvicorn
 
-log = logging.getLogger("meshlib.server")
+__all__ = ["bind", "own_address", "serve", "speaks_asgi", "uvicorn_server", "wrapped"]
 
-# Seconds that calls in flight have after the first signal. Orchestrators kill after 30.
-GRACE: Final = 25.0
+log = logging.getLogger("meshlib.server")
 
 # Seconds that an idle connection is kept; callers are told. Not longer, since a connection that asks for nothing does not notice that
 # the trust in its peer was withdrawn.
 KEEP_ALIVE: Final = 30
 
-BACKLOG: Final = 2048
+# Rounds, and seconds each, for what has come on a connection in the moment it was to be closed.
+ROUNDS: Final = 10
+ROUND: Final = 0.01
 
 
 def serve(
@@ -52,20 +63,23 @@ def serve(
 ) -> None:
     """Serve an ASGI or WSGI application until a signal ends it.
 
-    `listen` is "host:port", ":port" or "[v6]:port", by default the service's `listen`. `threads` is the number of threads in a worker of
-    a WSGI application; with 1 there are no kept-alive connections either. `is_asgi` overrides the look at the application.
-    Raises ListenError if the address can't be had.
+    `listen` is "host:port", ":port" or "[v6]:port", by default the service's `listen`; the public listener and the one for probes are as
+    configured. `threads` is the number of threads in a worker of a WSGI application; with 1 there are no kept-alive connections either.
+    `is_asgi` overrides the look at the application. Raises ListenError if an address can't be had.
     """
     if is_asgi is None:
         is_asgi = speaks_asgi(app)
-    sock = bind(listen or own_address(mesh))
-    _tell(mesh, sock, "uvicorn" if is_asgi else "gunicorn", workers)
-    door = door_of(mesh)
+    inbound = mesh.config.own.inbound
+    listeners = Listeners(listen or own_address(mesh), inbound.public, inbound.probe)
+    door_of(mesh).is_served = True
+    _tell(mesh, listeners, "uvicorn" if is_asgi else "gunicorn", workers)
+    door, pulse = door_of(mesh), Pulse()
     if is_asgi and workers == 1:
-        server = uvicorn_server(wrapped(mesh, app, is_asgi=True), door)
-        server.run(sockets=[sock])
+        server = uvicorn_server(wrapped(mesh, app, is_asgi=True), door, pulse=pulse)
+        with _probed(mesh, listeners, pulse):
+            server.run(sockets=listeners.serving)
     else:
-        _gunicorn(mesh, lambda: wrapped(mesh, app, is_asgi=is_asgi), door, sock, workers, threads, is_asgi=is_asgi)
+        _gunicorn(mesh, lambda: wrapped(mesh, app, is_asgi=is_asgi), door, pulse, listeners, workers, threads, is_asgi=is_asgi)
 
 
 def own_address(mesh: Inside) -> str:
@@ -121,82 +135,74 @@ def _unclear(app: Any) -> ConfigError:
     )
 
 
-def bind(address: str) -> socket.socket:
-    """A listening socket at "host:port", or the one that was handed over as "fd:3". Raises ListenError with what to do."""
-    if address.startswith("fd:"):
-        return _inherited(address)
-    host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        raise ListenError(
-            f"{address!r} is no address to listen on.", hint='It is "host:port", as in "127.0.0.1:8000" or "0.0.0.0:8443".'
-        )
+def _tell(mesh: Inside, listeners: Listeners, server: str, workers: int) -> None:
+    processes = f"{workers} worker{'s'[: workers != 1]}"
+    log.info("%s at %s, mode %s, %s with %s", mesh.service, listeners, mesh.config.own.mode, server, processes)
+
+
+@contextlib.contextmanager
+def _probed(mesh: Inside, listeners: Listeners, pulse: Pulse) -> Generator[None, None, None]:
+    """While probes are answered, from before the application has started."""
+    probes = _answer_probes(mesh, listeners, pulse)
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
-        raise ListenError(f"{address} can't be listened on: {error}.", hint="Is the name of the host right?") from None
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.bind(place)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise ListenError(f"{address} can't be listened on: {error.strerror or error}.", hint=_hint(error.errno, port)) from None
-    return sock
+        yield
+    finally:
+        if probes is not None:
+            probes.stop()
 
 
-def _inherited(address: str) -> socket.socket:
-    """A socket that a supervisor keeps over our restarts, so that no connection is refused meanwhile."""
-    try:
-        sock = socket.socket(fileno=int(address.removeprefix("fd:")))
-        is_listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    except (OSError, ValueError) as error:
-        raise ListenError(
-            f"{address} can't be listened on: {error}.", hint="Was the descriptor handed to this process?"
-        ) from None
-    if not is_listening:
-        raise ListenError(f"{address} is a socket that does not listen.", hint="Hand over one on which listen() was called.")
-    return sock
+def _answer_probes(mesh: Inside, listeners: Listeners, pulse: Pulse) -> ProbeListener | None:
+    if listeners.probe is None:
+        return None
+    drain = drain_of(mesh)
 
+    def why_not_ready() -> str:
+        if not drain.is_serving:
+            return "draining"
+        return "" if pulse.has_begun else "starting"
 
-def _hint(code: int | None, port: str) -> str:
-    if code == errno.EADDRINUSE:
-        who = f"`ss -ltnp 'sport = :{port}'` names it"
-        return f"Another process has the port, perhaps an older one of this service ({who}). Stop it, or take another port."
-    if code in (errno.EACCES, errno.EPERM):
-        return f"Ports below 1024 are for the superuser: take a higher one than {port}, or give the process CAP_NET_BIND_SERVICE."
-    if code == errno.EADDRNOTAVAIL:
-        return "This machine has no such address: take one of its own, or 0.0.0.0 for all."
-    return "See the message of the operating system."
-
-
-def _tell(mesh: Inside, sock: socket.socket, server: str, workers: int) -> None:
-    host, port = sock.getsockname()[:2]
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    log.info(
-        "%s at %s, mode %s, %s with %d worker%s", mesh.service, place, mesh.config.own.mode, server, workers, "s"[: workers != 1]
-    )
+    probes = ProbeListener(mesh.metrics, why_not_ready=why_not_ready, pulse=pulse)
+    probes.start(mesh.keeper, listeners.probe)
+    return probes
 
 
 # ---------------------------------------------------------------------------------------------------- uvicorn
 
 
-def uvicorn_server(app: Any, door: Door, **options: Any) -> uvicorn.Server:
-    """A uvicorn server whose connections come through the door, and which ends as described above."""
+def uvicorn_server(
+    app: Any, door: Door, *, pulse: Pulse | None = None, is_alone: bool = True, longest: float | None = None, **options: Any
+) -> uvicorn.Server:
+    """A uvicorn server whose connections come through the door, and which ends as described above.
+
+    `is_alone`: nobody watches the process, so that a second signal is a wish to end at once. `longest`: seconds after which who watches
+    it kills it.
+    """
     import uvicorn
 
     from .uvicorn import MeshHTTP
 
+    drain = drain_of(door.mesh)
+
     class Server(uvicorn.Server):
+        signals = 0
+        # It was started by `run`, so that the process ends with it; awaited in somebody's loop, it is one thing among others.
+        has_process = False
+        listeners: tuple[socket.socket, ...] = ()
+        # Until when idle connections may still ask, once CLOSING has begun.
+        idle_until: float | None = None
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.signals += 1
+            if sig == signal.SIGQUIT or (is_alone and self.signals > 1):
+                drain.end()
+                self.should_exit = self.force_exit = True
+                if self.has_process:
+                    last_resort()
+                return
+            drain.begin(is_person=sig == signal.SIGINT, longest=longest)
             door.mesh.drain()
-            if self.should_exit:
-                self.force_exit = True
-            self.should_exit = True
+            if not self.started:
+                self.should_exit = True
 
         @contextlib.contextmanager
         def capture_signals(self) -> Generator[None, None, None]:
@@ -211,6 +217,64 @@ def uvicorn_server(app: Any, door: Door, **options: Any) -> uvicorn.Server:
                 for sig, handler in before.items():
                     signal.signal(sig, handler)
 
+        def run(self, sockets: list[socket.socket] | None = None) -> None:
+            self.has_process = True
+            try:
+                super().run(sockets)
+            finally:
+                disarm()
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            self.listeners = tuple(sockets or ())
+            await super().startup(sockets)
+
+        async def on_tick(self, counter: int) -> bool:
+            is_over = await super().on_tick(counter)
+            if pulse is not None:
+                pulse.beat()
+            if is_over and not self.should_exit:
+                # As many requests as one process is to serve: others take its place.
+                drain.begin(may_wait=False)
+            if drain.look() < Phase.CLOSING:
+                return self.should_exit
+            if self.idle_until is None:
+                self.idle_until = time.monotonic() + drain.linger
+                if is_alone and self.has_process:
+                    last_resort(drain.left + LAST)
+                await self.close_listeners()
+            return self.should_exit or not self.server_state.connections or time.monotonic() >= self.idle_until
+
+        async def close_listeners(self) -> None:
+            """Nobody can connect any more, and who has connected by now will be answered."""
+            last = [sock for listener in self.listeners for sock in _queue_of(listener)]
+            for server in self.servers:
+                server.close()
+            loop = asyncio.get_running_loop()
+            for sock in last:
+                with contextlib.suppress(OSError):
+                    await loop.connect_accepted_socket(lambda: self.protocol(loop), sock)
+
+        def protocol(self, loop: asyncio.AbstractEventLoop) -> Any:
+            kind: Any = self.config.http_protocol_class
+            return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if pulse is not None:
+                pulse.rest()
+            if drain.begin(may_wait=False) < Phase.CLOSING:
+                # Told to end by other means than ours.
+                drain.look()
+            for _ in range(0 if self.force_exit else ROUNDS):
+                if not any(_is_readable(each) for each in self.server_state.connections):
+                    break
+                await asyncio.sleep(ROUND)
+            # The annotation says int, and asyncio takes what is left as it is.
+            self.config.timeout_graceful_shutdown = drain.left  # type: ignore[assignment]
+            try:
+                await super().shutdown(sockets)
+            finally:
+                drain.end()
+
     settings: dict[str, Any] = {
         "http": MeshHTTP.behind(door),
         "backlog": BACKLOG,
@@ -220,18 +284,47 @@ def uvicorn_server(app: Any, door: Door, **options: Any) -> uvicorn.Server:
         # What a header says about where a call comes from counts for nothing here.
         "proxy_headers": False,
         "timeout_keep_alive": KEEP_ALIVE,
-        "timeout_graceful_shutdown": int(GRACE),
         **options,
     }
     settings.setdefault("headers", [("keep-alive", f"timeout={settings['timeout_keep_alive']}")])
     return Server(uvicorn.Config(app, **settings))
 
 
+def _queue_of(listener: socket.socket) -> Generator[socket.socket, None, None]:
+    """The connections that wait in a listener's queue."""
+    for _ in range(BACKLOG):
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        sock.setblocking(False)
+        yield sock
+
+
+def _is_readable(connection: Any) -> bool:
+    """Has something come on a connection of uvicorn's that nobody has looked at yet?"""
+    transport = getattr(connection, "transport", None)
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is None or sock.fileno() < 0:
+        return False
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 # --------------------------------------------------------------------------------------------------- gunicorn
 
 
 def _gunicorn(
-    mesh: Inside, load: Callable[[], Any], door: Door, sock: socket.socket, workers: int, threads: int, *, is_asgi: bool
+    mesh: Inside,
+    load: Callable[[], Any],
+    door: Door,
+    pulse: Pulse,
+    listeners: Listeners,
+    workers: int,
+    threads: int,
+    *,
+    is_asgi: bool,
 ) -> None:
     from gunicorn.app.base import BaseApplication
     from gunicorn.arbiter import Arbiter
@@ -239,20 +332,22 @@ def _gunicorn(
     from . import gunicorn as ours
 
     kind = ours.ASGIWorker if is_asgi else ours.ThreadWorker if threads > 1 else ours.SyncWorker
+    inbound = mesh.config.own.inbound
     settings: dict[str, Any] = {
-        "bind": f"fd://{sock.detach()}",
-        "worker_class": type(kind.__name__, (kind,), {"door": door}),
+        "bind": [f"fd://{sock.detach()}" for sock in listeners.serving],
+        "worker_class": type(kind.__name__, (kind,), {"door": door, "pulse": pulse}),
         "workers": workers,
         "threads": 1 if is_asgi else threads,
         "keepalive": KEEP_ALIVE,
-        "graceful_timeout": int(GRACE),
+        "graceful_timeout": math.ceil(inbound.drain_wait + inbound.drain_grace),
         "backlog": BACKLOG,
+        "worker_connections": ours.CONNECTIONS,
         "loglevel": logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower(),
         # What a header says about where a call comes from counts for nothing here.
         "forwarded_allow_ips": "",
         "secure_scheme_headers": {},
         "control_socket_disable": True,
-        "post_worker_init": lambda _: _start_in_worker(mesh),
+        "post_worker_init": lambda _: _start_in_worker(mesh, listeners, pulse),
     }
     if Path("/dev/shm").is_dir():  # noqa: S108  # for gunicorn's heartbeat: on a disk it can block a worker
         settings["worker_tmp_dir"] = "/dev/shm"  # noqa: S108
@@ -267,6 +362,7 @@ def _gunicorn(
 
     class Watcher(Arbiter):
         is_ending = False
+        is_person = False
 
         def signal(self, sig: int, frame: FrameType | None) -> None:
             if os.getpid() != self.pid and sig in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
@@ -275,16 +371,21 @@ def _gunicorn(
             if sig in (signal.SIGTERM, signal.SIGINT) and self.is_ending:
                 sig = signal.SIGQUIT  # the second time: at once
             elif sig == signal.SIGINT:
+                self.is_person = True
                 sig = signal.SIGTERM
             self.is_ending = self.is_ending or sig == signal.SIGTERM
             super().signal(sig, frame)  # type: ignore[no-untyped-call]
+
+        def kill_workers(self, sig: int) -> None:
+            # Workers drain by both; by SIGINT nobody waits.
+            super().kill_workers(signal.SIGINT if sig == signal.SIGTERM and self.is_person else sig)  # type: ignore[no-untyped-call]
 
     # What ran here until now would run twice after the fork, and say that the watcher's empty numbers are the service's.
     mesh.close()
     Watcher(Application()).run()  # type: ignore[no-untyped-call]
 
 
-def _start_in_worker(mesh: Inside) -> None:
+def _start_in_worker(mesh: Inside, listeners: Listeners, pulse: Pulse) -> None:
     try:
         mesh.start()
         mesh.keeper.start()
@@ -295,3 +396,4 @@ def _start_in_worker(mesh: Inside) -> None:
 
         log.error("%s", error)
         raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from error
+    _answer_probes(mesh, listeners, pulse)

@@ -6,9 +6,9 @@ the event loop a protocol that feeds records to the wire crate, towards uvicorn 
 not used: TLS of the wire crate is cheaper, knows SPIFFE, and takes the newest identity for every connection.
 
 Public ways only: `MeshHTTP` is what uvicorn's `http=` takes (`uvicorn --http meshlib.server.uvicorn:MeshHTTP app:app`, without any
-`--ssl-…`), and each connection's protocol gets a copy of the configuration whose `loaded_app` puts the peer into the scope; by that
-way it reaches WebSocket protocols too. What is written is held until the loop's next round, so that head and body of a response
-become one record and one system call.
+`--ssl-…`), and each connection's protocol gets a copy of the configuration whose `loaded_app` is the application with the connection's
+`Line`: what is known of it, and of its peer, is found out once; by that way it reaches WebSocket protocols too. What is written is held
+until the loop's next round, so that head and body of a response become one record and one system call.
 
 Whether the peer's proof still holds is asked before each request, of HTTP and of the first of a WebSocket, and for each piece of a
 WebSocket: what has ended is answered 401. And a `_Watch` per event loop closes the connections on which nobody asks.
@@ -20,20 +20,23 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import copy
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 from uvicorn.config import Config
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.server import ServerState
 
 from .._native import core
 from ..errors import MeshError
 from . import door as doors
-from .door import PATIENCE, Door, Standing, refusal_of
-from .head import bounded
+from .asgi import MeshASGI
+from .door import PATIENCE, PEER, SNI, Door, Proof, Standing, refusal_of
+from .head import bounded, heard
+from .line import LINE, Line
 from .way import problem
 
 # Bytes read at once. One buffer per loop: what was read is consumed before the next read.
@@ -64,6 +67,9 @@ class MeshHTTP(asyncio.Protocol):
         self._loop = _loop or asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        # Our own, as the socket says it, and whether it is the public listener's.
+        self._port = 0
+        self._is_public = False
 
     @classmethod
     def behind(cls, door: Door, http: Any = None) -> type[MeshHTTP]:
@@ -72,7 +78,9 @@ class MeshHTTP(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
-        if self._door.is_plain_only:
+        self._port = _port_of(transport)
+        self._is_public = self._door.is_public(self._port)
+        if self._door.takes_only_plain(is_public=self._is_public):
             self._step_aside(b"")
             return
         # uvicorn tells these of the end of the server.
@@ -83,11 +91,11 @@ class MeshHTTP(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._door.admits_plain(data[0]):
+        if self._door.admits_plain(data[0], is_public=self._is_public):
             self._step_aside(data)
             return
         try:
-            tls = self._door.open(data[0])
+            tls = self._door.open(data[0], is_public=self._is_public)
         except MeshError as error:
             self._door.fail(error)
             transport.abort()
@@ -107,13 +115,37 @@ class MeshHTTP(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    def protocol(self, tls: dict[str, Any] | None) -> tuple[Any, _Stamped | None]:
-        """uvicorn's own protocol; with TLS, before an application that finds the extension in the scope."""
-        config, app = self._config, None
-        if tls is not None:
-            config = copy.copy(config)
-            app = config.loaded_app = _Stamped(config.loaded_app, tls)
-        return bounded(self.http)(config=config, server_state=self._state, app_state=self._app_state, _loop=self._loop), app
+    def line(self, extension: dict[str, Any] | None = None, judge: Proof | None = None) -> Line:
+        """What is known of this connection; with TLS, from its extension."""
+        address, is_public = _address_of(self._transport), self._is_public
+        if extension is None:
+            return Line(address=address, port=self._port, is_public=is_public, is_ours=True)
+        return Line(
+            extension[PEER], address, self._port, extension[SNI], extension, is_public=is_public, judge=judge, is_ours=True
+        )
+
+    @property
+    def is_public(self) -> bool:
+        return self._is_public
+
+    def protocol(self, line: Line) -> Any:
+        """uvicorn's own protocol, before an application that knows on which line it is called."""
+        config = Config.__new__(Config)
+        config.__dict__.update(self._config.__dict__)
+        # A request that comes while another is answered is begun in the context of that one's handler, and must not see it.
+        config.reset_contextvars = True
+        config.ws_protocol_class = heard(config.ws_protocol_class)  # type: ignore[arg-type]
+        config.line = line  # type: ignore[attr-defined]
+        app = config.loaded_app
+        if isinstance(app, ProxyHeadersMiddleware) and self._door.mode != "observe":
+            # uvicorn's command puts it there, unless it is told not to: scheme and address are the connection's, and who is believed
+            # about others stands in mesh.yaml (`secure.proxies`). In mode observe everything goes on as it did.
+            app = config.loaded_app = app.app
+        # As a rule the mesh is what uvicorn calls. Where something stands around it, it finds the line in the scope.
+        config.loaded_app = partial(app.serve, line) if isinstance(app, MeshASGI) else _Stamped(app, line)
+        made = bounded(self.http)(config=config, server_state=self._state, app_state=self._app_state, _loop=self._loop)
+        made.line = line
+        return made
 
     def _step_aside(self, data: bytes) -> None:
         """Plain text: from here on it is uvicorn's connection alone."""
@@ -121,7 +153,7 @@ class MeshHTTP(asyncio.Protocol):
         assert transport is not None
         self._leave()
         self._door.plain += 1
-        inner, _ = self.protocol(None)
+        inner = self.protocol(self.line())
         inner.connection_made(transport)
         transport.set_protocol(inner)
         if data:
@@ -156,8 +188,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._state = state
         self._timer = timer
         self._above: Any = None
+        self._proof = Proof(door, tls)
         self._held: list[bytes] = []
         self._held_size = 0
+        # Records that are sealed and go out before the next.
+        self._owed = b""
         self._is_closing = False
         # Something else than HTTP by now: no request of it is judged, so each piece is.
         self._is_upgraded = False
@@ -189,7 +224,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._break(error)
             return
         if out:
-            self._below.write(out)
+            if self._above is None and not tls.is_handshaking and tls.tls_version == "TLSv1.3":
+                # Tickets for later, which nobody waits for: they go out with the first answer.
+                self._owed = out
+            else:
+                self._below.write(out)
         if self._above is None:
             if tls.is_handshaking or self._is_closing:
                 if is_over:
@@ -199,7 +238,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         if self._is_closing:
             return
         if plain:
-            if self._is_upgraded and self._door.standing(tls) is Standing.OVER:
+            if self._is_upgraded and self._proof() is Standing.OVER:
                 self.withdraw()
                 return
             self._above.data_received(plain)
@@ -215,17 +254,17 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._timer = None
         try:
             _, extension = self._door.welcome(self._tls, _address_of(self._below))
+            is_public = self._front is not None and self._front.is_public
         except MeshError as error:
             self._break(error)
             return
-        if self._door.standing(self._tls) is Standing.OVER:
+        self._proof = Proof(self._door, self._tls, is_public=is_public)
+        if self._proof() is Standing.OVER:
             # Withdrawn while the handshake was under way.
             self.withdraw()
             return
         assert self._front is not None
-        self._above, app = self._front.protocol(extension)
-        if app is not None:
-            app.judge = self._judge
+        self._above = self._front.protocol(self._front.line(extension, self._proof))
         self._front = None
         _watch_of(self._loop).add(self)
         self._above.connection_made(self)
@@ -238,12 +277,6 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         if self._above is not None and not self._is_closing:
             self._above.shutdown()
 
-    def _judge(self) -> Standing:
-        standing = self._door.standing(self._tls)
-        if standing is Standing.OVER:
-            self._door.ended += 1
-        return standing
-
     @property
     def door(self) -> Door:
         return self._door
@@ -254,12 +287,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def look(self) -> None:
         """The identity has changed: a connection whose peer would not be let in any more ends, whatever it is doing."""
-        if not self._is_closing and self._door.standing(self._tls) is Standing.OVER:
+        if not self._is_closing and self._proof() is Standing.OVER:
             self.withdraw()
 
     def withdraw(self) -> None:
         """What the peer had proved was withdrawn: nothing is read any more, and no answer is finished."""
-        self._door.ended += 1
         self.close()
         self._loop.call_later(LAST_WORDS, self._below.abort)
 
@@ -269,8 +301,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def _break(self, error: MeshError) -> None:
         # The alert that tells the other side why.
-        alert = self._tls.pending()
+        alert = self._owed + self._tls.pending()
         if alert:
+            self._owed = b""
             self._below.write(alert)
         if self._above is None:
             self._door.fail(error)
@@ -321,25 +354,37 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self.write(data)
 
     def _flush(self) -> None:
+        out = self._sealed()
+        if out:
+            self._below.write(out)
+
+    def _sealed(self) -> bytes:
+        """What was held, as records."""
         held = self._held
         if not held:
-            return
+            return b""
         data = held[0] if len(held) == 1 else b"".join(held)
         held.clear()
         self._held_size = 0
         try:
-            out = self._tls.send(data)
+            out: bytes = self._tls.send(data)
         except MeshError as error:
             self._break(error)
-            return
-        self._below.write(out)
+            return b""
+        if self._owed:
+            out, self._owed = self._owed + out, b""
+        return out
 
     def close(self) -> None:
         if self._is_closing:
             return
-        self._flush()
+        out = self._sealed()
+        if self._is_closing:
+            return
         self._is_closing = True
-        self._below.write(self._tls.close())
+        # One piece: the last answer and the goodbye.
+        self._below.write(out + self._owed + self._tls.close())
+        self._owed = b""
         self._below.close()
 
     def abort(self) -> None:
@@ -388,35 +433,42 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
 
 class _Stamped:
-    """The application as one connection's protocol sees it: with the TLS extension in every scope."""
+    """An application that is not the mesh's own, as one connection's protocol sees it: with the line and the TLS extension in every scope.
 
-    __slots__ = ("_app", "_tls", "judge")
+    The mesh may stand further inside, and finds the line there; or nowhere, and then the extension is what the application has.
+    """
 
-    def __init__(self, app: Any, tls: dict[str, Any]) -> None:
+    __slots__ = ("_app", "_line")
+
+    def __init__(self, app: Any, line: Line) -> None:
         self._app = app
-        self._tls = tls
-        self.judge: Callable[[], Standing] = _good
+        self._line = line
 
     def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
-        standing = self.judge()
-        if standing is Standing.OVER:
-            return _refuse(scope, receive, send)
-        extensions = scope.get("extensions")
-        scope["extensions"] = {**extensions, "tls": self._tls} if extensions else {"tls": self._tls}
-        if standing is Standing.LAST and scope["type"] == "http":
-            send = _Closing(send)
+        line = self._line
+        scope[LINE] = line
+        if line.judge is not None:
+            standing = line.judge()
+            if standing is Standing.OVER:
+                return _refuse(scope, receive, send)
+            extensions = scope.get("extensions")
+            scope["extensions"] = {**extensions, "tls": line.extension} if extensions else {"tls": line.extension}
+            if standing is Standing.LAST and scope["type"] == "http":
+                send = _Closing(send)
         done: Awaitable[None] = self._app(scope, receive, send)
         return done
+
+
+def _port_of(transport: asyncio.BaseTransport) -> int:
+    """Our own; 0 where there is none, such as at a UNIX socket."""
+    name = transport.get_extra_info("sockname")
+    return int(name[1]) if isinstance(name, tuple) else 0
 
 
 def _address_of(transport: asyncio.Transport | None) -> str:
     """Of the other end; "" where there is none, such as at a UNIX socket."""
     name = transport.get_extra_info("peername") if transport is not None else None
     return str(name[0]) if isinstance(name, tuple) else ""
-
-
-def _good() -> Standing:
-    return Standing.GOOD
 
 
 async def _refuse(scope: Any, receive: Any, send: Any) -> None:
@@ -440,13 +492,13 @@ class _Watch:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
         self._open: set[TlsTransport] = set()
-        self._seen: weakref.WeakKeyDictionary[Door, core.TlsServer | None] = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakKeyDictionary[Door, tuple[object, object]] = weakref.WeakKeyDictionary()
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, transport: TlsTransport) -> None:
-        # By the TLS of its own handshake: if another is in force by now, the next look finds that out.
+        # Each has just been judged by what is in force; of the first, the next look finds out whether that has changed.
         if transport.door not in self._seen:
-            self._seen[transport.door] = transport.tls.server
+            self._seen[transport.door] = transport.door.force
         self._open.add(transport)
         self._arm()
 
@@ -463,9 +515,9 @@ class _Watch:
         self._timer = None
         changed = set()
         for door in {transport.door for transport in self._open}:
-            present = door.tls
-            if present is not self._seen.get(door):
-                self._seen[door] = present
+            force = door.force
+            if force != self._seen.get(door):
+                self._seen[door] = force
                 changed.add(door)
         if changed:
             for transport in [each for each in self._open if each.door in changed]:

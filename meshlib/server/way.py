@@ -17,31 +17,36 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Token
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from .._native import core
-from ..call import HEADER_NO_RETRY, Peer, current_deadline, current_entry, current_layer, current_peer
+from ..call import HEADER_NO_RETRY, Peer, Visit, current_deadline, current_layer, current_visit
 from ..errors import ListenError
+from .line import PLAIN, PLAIN_TLS
+from .waiting import Room
 
 if TYPE_CHECKING:
+    from ..admit.inbound import InboundRates
+    from ..observe.load import LoadMeter
     from ..secure.custom import Inquiry
     from ..secure.trust import Trust
     from .door import Door
 
+__all__ = ["PLAIN", "PLAIN_TLS", "InboundWay"]
+
 log = logging.getLogger("meshlib.server")
 
 Headers = list[tuple[bytes, bytes]]
-Tokens = tuple[Token[Peer | None], Token[core.Entry | None], Token[float | None] | None, Token[int] | None]
-
-# Nobody whose connection proved who they are: a caller on a plain connection.
-PLAIN: Final = Peer("")
-PLAIN_TLS: Final = Peer("", is_tls=True)
+Tokens = tuple[Token[Visit | None], tuple[Token[float | None], Token[int]] | None]
 
 # No status at all: the call ended before the application answered, because its client went away or it was cancelled.
 NO_STATUS: Final = 0
+
+# How much a call matters of which nobody says more.
+ORDINARY: Final = "critical"
 
 
 class InboundWay:
@@ -51,7 +56,23 @@ class InboundWay:
     (again after a fork): what a parent started does not live in its child.
     """
 
-    __slots__ = ("__weakref__", "_is_asleep", "clock", "door", "gate", "observer", "trust", "wake", "wall_clock")
+    __slots__ = (
+        *(
+            "__weakref__",
+            "_meter",
+            "clock",
+            "depart",
+            "door",
+            "draw",
+            "gate",
+            "is_asleep",
+            "is_closing",
+            "observer",
+            "rates",
+            "recorder",
+        ),
+        *("room", "trust", "wake", "wall_clock"),
+    )
 
     def __init__(
         self,
@@ -61,17 +82,30 @@ class InboundWay:
         *,
         door: Door | None = None,
         wake: Callable[[], object] | None = None,
+        depart: Callable[[], Awaitable[object]] | None = None,
         trust: Trust | None = None,
         wall_clock: Callable[[], float] = time.time,
+        room: Room | None = None,
     ) -> None:
         self.gate = gate
         self.trust = trust
         self.wall_clock = wall_clock
         self.observer = observer
+        # Asked before a span is: without a tracing SDK there is none, and a trace is looked at when somebody asks for it.
+        self.recorder: Callable[[], object] = getattr(observer, "recorder", _nobody if observer is None else _somebody)
+        self.draw: Callable[[], tuple[int | None, bool]] = getattr(observer, "draw", _drawn)
         self.clock = clock
         self.door = door
         self.wake = wake
-        self._is_asleep = wake is not None
+        # What a server that ends tells us, where it has no other word than the end of the lifespan.
+        self.depart = depart
+        self.is_asleep = wake is not None
+        # The server ends: every answer is the last on its connection.
+        self.is_closing = False
+        self.room = room or Room(gate, clock)
+        # The rates that all processes share, if there are any.
+        self.rates: InboundRates | None = None
+        self._meter: LoadMeter | None = None
         _ways.add(self)
 
     def enter(
@@ -84,33 +118,62 @@ class InboundWay:
         port: int = 0,
         sni: str = "",
         version: str = "",
+        *,
+        is_public: bool = False,
+        arrived: float | None = None,
     ) -> core.Entry:
         """Take one call in. If `status` of the answer is not 0, the call is refused and over; otherwise it must `leave`, once.
 
         `target` is the path as it came over the wire, with its query; `headers` is the whole list; `source` the address at the other
-        end, `port` our own, `version` that of HTTP, "" and 0 where the server doesn't tell. Where the answer `has_more`, it goes on
-        with `consent` and `handed`.
+        end, `port` our own, `version` that of HTTP, "" and 0 where the server doesn't tell; `arrived` when it came into the process,
+        where it has waited for a thread since: its deadline and its time count from there. Where the answer has a `ticket`, it waits
+        for a place (`wait`); where it `has_more`, it goes on with `consent` and `handed`. `asgi.py` takes the same step by
+        `gate.arrive`, which reads a scope where it lies.
         """
-        if self._is_asleep:
-            try:
-                self.rise()
-            except ListenError as error:
-                # Metrics, at an address that another worker of ours has: no reason to refuse calls.
-                log.warning("%s", error)
+        if self.is_asleep:
+            self.rise_quietly()
         # observe: the time starts here, and the gate counts what it refuses.
         now = self.clock()
         # secure: the one canonical path, sound headers, a token, who may do this; the identity is the connection's.
         # admit: time left, and room for one more.
         # route: the label under which the call is counted.
         entry = self.gate.begin(
-            method, target, headers, peer.spiffe_id, peer.is_tls, now, None, self.wall_clock(), source, port, sni, version
+            method,
+            target,
+            headers,
+            peer.spiffe_id,
+            peer.is_tls,
+            now,
+            None,
+            self.wall_clock(),
+            source,
+            port,
+            sni,
+            version,
+            is_public,
+            arrived,
         )
         if entry.status:
             self.told(entry, method, target, peer)
         return entry
 
+    async def wait(self, entry: core.Entry, peer: Peer) -> bool:
+        """admit: wait until there is a place for an entry with a `ticket`. False: the call is refused and over."""
+        return await self.room.wait(entry) or self._over(entry, peer)
+
+    def wait_blocking(self, entry: core.Entry, peer: Peer) -> bool:
+        """The same for threads."""
+        return self.room.wait_blocking(entry) or self._over(entry, peer)
+
+    def _over(self, entry: core.Entry, peer: Peer) -> bool:
+        self.told(entry, entry.method, entry.raw_path, peer)
+        return False
+
     def told(self, entry: core.Entry, method: str, target: bytes, peer: Peer) -> None:
         """A refusal: into the log, and to whoever can do something about it."""
+        if entry.reason.startswith("admit."):
+            # It may have taken the place of somebody who waits.
+            self.room.call(self.gate.called())
         if self.trust is not None and self.trust.keys is not None and (provider := entry.wants_keys):
             self.trust.keys.nudge(provider)
         if log.isEnabledFor(logging.INFO):
@@ -124,6 +187,31 @@ class InboundWay:
         from .trusted import handed
 
         return handed(entry, peer, headers, kept)
+
+    async def fits(self, entry: core.Entry, peer: Peer, headers: Headers) -> bool:
+        """admit: ask the stores of the rates that all processes share. False: the call is refused and over."""
+        if not self.rates:
+            return True
+        answer = await self.rates.take(entry.route, peer.spiffe_id, entry.client, headers)
+        return answer is None or self._counted(answer, entry, peer)
+
+    def fits_blocking(self, entry: core.Entry, peer: Peer, headers: Headers) -> bool:
+        """The same for threads."""
+        if not self.rates:
+            return True
+        answer = self.rates.take_blocking(entry.route, peer.spiffe_id, entry.client, headers)
+        return answer is None or self._counted(answer, entry, peer)
+
+    def _counted(self, answer: Any, entry: core.Entry, peer: Peer) -> bool:
+        if isinstance(answer, float):
+            called: list[int] | None = entry.outrun(answer)
+        else:
+            # The store is away, and this process counts by itself.
+            called = entry.stand_in(self.clock())
+            if called is None:
+                return True
+        self.room.call(called or ())
+        return self._over(entry, peer)
 
     async def consent(self, entry: core.Entry, peer: Peer, headers: Headers) -> bool:
         """secure: ask the authorizer that a CUSTOM rule names. False: the call is refused and over. No answer is a no."""
@@ -144,16 +232,16 @@ class InboundWay:
         return self._vetoed(entry, peer)
 
     def _vetoed(self, entry: core.Entry, peer: Peer) -> bool:
-        entry.veto()
-        self.told(entry, entry.method, entry.raw_path, peer)
-        return False
+        self.room.call(entry.veto())
+        return self._over(entry, peer)
 
-    def span(self, method: str, entry: core.Entry, headers: Headers, peer: Peer) -> Any | None:
+    def span(self, method: str, entry: core.Entry, headers: Headers, peer: Peer, number: int | None = None) -> Any | None:
         """observe: the call's place in its trace, begun; to be ended with `end(status, error)`. None where nobody observes."""
         if self.observer is None:
             return None
         try:
-            span = self.observer.server_span(method, entry.route, headers, peer.spiffe_id, path=entry.path)
+            drawn = {} if number is None else {"number": number}
+            span = self.observer.server_span(method, entry.route, headers, peer.spiffe_id, path=entry.path, **drawn)
             return None if span is None else span.__enter__()
         except Exception:
             log.exception("a call could not be traced; it goes on")
@@ -161,16 +249,38 @@ class InboundWay:
 
     def leave(self, entry: core.Entry, status: int) -> None:
         """The call is over: measured, and its place is free for another. Only the first time counts."""
-        entry.finish(status, self.clock())
+        called = entry.finish(status, self.clock())
+        if called:
+            self.room.call(called)
+
+    def load(self, form: str) -> Headers:
+        """observe: how loaded this process is, as the header of an answer to a caller that asked for it in this form."""
+        if self._meter is None:
+            from ..observe.load import LoadMeter
+
+            self._meter = LoadMeter(self.gate, self.clock)
+        report = self._meter.report(form)
+        return [(LOAD, report)] if report else []
 
     def rise(self) -> None:
         """Start what belongs to this process, if it was not started in it."""
-        self._is_asleep = False
+        self.is_asleep = False
         if self.wake is not None:
             self.wake()
 
+    def rise_quietly(self) -> None:
+        """The same, when a call is there already."""
+        try:
+            self.rise()
+        except ListenError as error:
+            # Metrics, at an address that another worker of ours has: no reason to refuse calls.
+            log.warning("%s", error)
+
     def sleep(self) -> None:
-        self._is_asleep = self.wake is not None
+        self.is_asleep = self.wake is not None
+        self.is_closing = False
+        self.room.renew()
+        self._meter = None
 
 
 def inquiry(entry: core.Entry, peer: Peer, headers: Headers) -> Inquiry:
@@ -192,106 +302,63 @@ def inquiry(entry: core.Entry, peer: Peer, headers: Headers) -> Inquiry:
 # handle: what a handler and its outgoing calls see of the call that they serve.
 
 
-def step_in(peer: Peer, entry: core.Entry, deadline: float | None, layer: int) -> Tokens:
-    """Set the context of a handler, all of it: a server may run a call in the context of another, which must not show.
+def _nobody() -> None:
+    return None
 
-    `layer`: in which attempt of our caller we run; above 0 our own calls aren't retried.
-    """
-    return (
-        current_peer.set(peer),
-        current_entry.set(entry),
-        current_deadline.set(deadline) if deadline is not None or current_deadline.get() is not None else None,
-        current_layer.set(layer) if layer or current_layer.get() else None,
-    )
+
+def _somebody() -> bool:
+    return True
+
+
+def _drawn() -> tuple[int | None, bool]:
+    return None, True
+
+
+def visit_of(entry: core.Entry, peer: Peer, headers: Sequence[tuple[bytes, bytes]], layer: int = 0) -> Visit:
+    """A call that was let in, as its handler sees it."""
+    visit = Visit(peer, entry, headers, max(layer, entry.layer))
+    visit.end = entry.deadline
+    if entry.priority != ORDINARY:
+        visit.priority = entry.priority
+    return visit
+
+
+def step_in(visit: Visit) -> Tokens:
+    """Set the context of a handler, all of it: a server may run a call in the context of another, which must not show."""
+    token = current_visit.set(visit)
+    if current_deadline.get() is None and not current_layer.get():
+        return token, None
+    return token, (current_deadline.set(None), current_layer.set(0))
 
 
 def step_out(tokens: Tokens) -> None:
     """Give the context back as it was found."""
-    of_peer, of_entry, of_deadline, of_layer = tokens
-    current_peer.reset(of_peer)
-    current_entry.reset(of_entry)
-    if of_deadline is not None:
-        current_deadline.reset(of_deadline)
-    if of_layer is not None:
-        current_layer.reset(of_layer)
+    of_visit, others = tokens
+    current_visit.reset(of_visit)
+    if others is not None:
+        current_deadline.reset(others[0])
+        current_layer.reset(others[1])
 
 
-def end_deadline() -> None:
-    """What runs on from here has time of its own: behind a response, or in a conversation."""
-    if current_deadline.get() is not None:
-        current_deadline.set(None)
-
-
-# secure: headers that say who somebody is, or what another proxy found out, count only over connections that are trusted to set them,
-# and then `trusted.py` puts them back. Names with an underscore are the same name to a WSGI application. The mesh's own are read
-# here, and are for nobody else.
-_IDENTITY: Final = frozenset(
-    {
-        *(b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto", b"x-real-ip"),
-        *(b"client-cert", b"client-cert-chain", b"x-spiffe-id", b"remote-user", b"x-remote-user", b"x-forwarded-user"),
-        *(b"x-forwarded-prefix", b"x-forwarded-uri", b"x-forwarded-method"),
-        # A framework that obeys them runs another method than the one that was authorised.
-        *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
-        *(b"x-b3-sampled", b"x-b3-flags"),
-    }
-)
-_FAMILIES: Final = (
-    *(b"x-mesh-", b"x-envoy-", b"l5d-", b"ssl-client-", b"x-ssl-", b"x-tls-", b"x-client-", b"x-arr-", b"x-amzn-mtls-"),
-    *(b"x-forwarded-client-cert", b"x-forwarded-tls-", b"x-auth-request-", b"x-amzn-oidc-", b"x-goog-authenticated-"),
-    *(b"x-original-", b"x-rewrite-"),
-)
-
-
-# Of a failed answer whose handler has tried all that may be tried: whoever called us had better not try it again.
+# Of a failed answer whose handler has tried all that may be tried, and of what was shed: whoever called us had better not try it again.
 NO_RETRY: Final = (HEADER_NO_RETRY.encode(), b"1")
-
-
-# Of these the value decides.
+CLOSE: Final = (b"connection", b"close")
+LOAD: Final = b"endpoint-load-metrics"
 REQUEST_ID: Final = b"x-request-id"
-RANGE: Final = b"range"
-_JUDGED: Final = frozenset({REQUEST_ID, RANGE})
-# A longer one, or one of more parts, is meant to cost more than it says; a server may ignore it (RFC 9110 section 14.2).
-_LONGEST_RANGE: Final = 1024
-_MOST_RANGES: Final = 32
-_WORD: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~+/=:"
-
-
-class _Names(dict[bytes, bool]):
-    """Does a header of this (lower-case) name get in? Answers are remembered; the table is bounded, since callers choose the names."""
-
-    def __missing__(self, name: bytes) -> bool:
-        # Servers hand out lower case; one that does not must not open a gap.
-        plain = name.lower()
-        gets_in = plain not in _IDENTITY and not plain.startswith(_FAMILIES) and b"_" not in plain and plain not in _JUDGED
-        if len(self) < 1024:
-            self[name] = gets_in
-        return gets_in
-
-
-gets_in: Final = _Names()
 
 
 def frozen(headers: Headers) -> Headers:
-    """The headers that the handler sees, as a list of its own.
+    """The headers that the handler sees, as a list of its own (`core/src/secure/passage.rs` says which).
 
     Headers are frozen when authorised: nothing that is done to the server's list later shows in this one.
     """
-    kept = [pair for pair in headers if gets_in[pair[0]]]
-    if len(kept) != len(headers):
-        kept += [pair for pair in headers if pair[0] == RANGE and _is_modest(pair[1])]
-        ids = [value for name, value in headers if name == REQUEST_ID]
-        if ids:
-            # It ends up in logs and in other systems: one that isn't a plain word, or stands twice, is replaced.
-            kept.append((REQUEST_ID, ids[0] if len(ids) == 1 and _is_word(ids[0]) else uuid.uuid4().hex.encode()))
-    return kept
+    kept, wants_id = core.passed(headers)
+    return [*kept, new_id()] if wants_id else kept
 
 
-def _is_modest(value: bytes) -> bool:
-    return len(value) <= _LONGEST_RANGE and value.count(b",") < _MOST_RANGES
-
-
-def _is_word(value: bytes) -> bool:
-    return 0 < len(value) <= 128 and value.translate(None, _WORD) == b""
+def new_id() -> tuple[bytes, bytes]:
+    """It ends up in logs and in other systems: one that isn't a plain word, or stands twice, is replaced."""
+    return REQUEST_ID, uuid.uuid4().hex.encode()
 
 
 # What a caller is told who is refused: which kind of refusal, and nothing about rules. RFC 9457. Who runs the service has the log.
@@ -308,8 +375,11 @@ _TITLES: Final = {
     "secure.denied": "Not allowed",
     "deadline.exceeded": "The time for this call is spent",
     "admit.limit": "The service is busy",
+    "admit.shed": "The service is overloaded",
     "admit.rate": "Too many calls",
 }
+# Refused before anything was done, and not to be tried elsewhere: what is too much here, is too much.
+_FINAL: Final = frozenset({"admit.shed", "admit.rate"})
 _problems: dict[tuple[int, str], tuple[bytes, Headers]] = {}
 
 
@@ -328,7 +398,9 @@ def problem(status: int, reason: str) -> tuple[bytes, Headers]:
         headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers.append((b"retry-after", b"1"))
-        elif status == HTTPStatus.UNAUTHORIZED:
+        if reason in _FINAL:
+            headers.append(NO_RETRY)
+        if status == HTTPStatus.UNAUTHORIZED:
             headers.append((b"www-authenticate", b"Bearer" if reason == "secure.jwt" else b"mTLS"))
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers.append((b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))

@@ -1,10 +1,12 @@
 """What do you need to test what you have built on meshlib?
 
-For now the conformance check of sources of identity: `check_identity_source`. Nothing in meshlib imports this package.
+`as_peer` says who calls, in tests without connections; `check_identity_source` is the conformance check of sources of identity.
+Nothing in meshlib imports this package.
 """
 
 from __future__ import annotations
 
 from .identity import World, check_identity_source
+from .peer import as_peer
 
-__all__ = ["World", "check_identity_source"]
+__all__ = ["World", "as_peer", "check_identity_source"]

@@ -444,6 +444,21 @@ async def test_calls_go_where_the_reports_say_that_there_is_room(tmp_path: Path,
                 assert hits[strong.address] == pytest.approx(60, abs=2)
 
 
+@CLIENTS
+async def test_endpoints_are_asked_for_reports_where_they_count(tmp_path: Path, client: str) -> None:
+    """Once, in our format and not in one that the application handed on; and where nobody weighs by them, what it says goes out."""
+
+    async def answer(server: Scripted, request: Request) -> bytes:
+        return ok(request.headers.get("endpoint-load-metrics-format", "-").encode())
+
+    async with scripted(answer) as server:
+        for weights, found in (("orca", ["text", "text"]), ("discover", ["-", "JSON"])):
+            with mesh_of(tmp_path, orders([server], {"policy": "round_robin", "weights": weights})) as mesh:
+                async with caller(mesh, client) as get:
+                    answers = [await get("/"), await get("/", headers={"Endpoint-Load-Metrics-Format": "JSON"})]
+                    assert [answer.text for answer in answers] == found
+
+
 async def test_reports_that_make_no_sense_change_nothing(tmp_path: Path) -> None:
     """A broken or hostile server can't draw the traffic, nor break a call."""
     words = [

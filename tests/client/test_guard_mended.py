@@ -21,7 +21,7 @@ import pytest
 import tenacity
 
 import meshlib
-from meshlib.call import Peer, current_deadline, current_peer
+from meshlib.call import Peer, Visit, current_deadline, current_visit
 from tests.support import mesh_of, write_config
 
 KINDS = ["async", "sync"]
@@ -65,7 +65,7 @@ def on_behalf_of(name: str, function: Callable[..., Any], *args: Any) -> Any:
     """Call it as a handler would that serves this caller."""
 
     def run() -> Any:
-        current_peer.set(Peer(f"spiffe://shop.internal/ns/default/sa/{name}"))
+        current_visit.set(Visit(Peer(f"spiffe://shop.internal/ns/default/sa/{name}")))
         return function(*args)
 
     return contextvars.copy_context().run(run)

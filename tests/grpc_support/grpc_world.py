@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 
 from meshlib._native import core
-from meshlib.call import current_deadline, current_layer, peer
+from meshlib.call import outer_end, outer_layer, peer
 from meshlib.client.way import OutboundWay
 from meshlib.config import load
 from meshlib.observe import Observer
@@ -174,10 +174,10 @@ def handlers(backend: Backend) -> grpc.GenericRpcHandler:
         return b"at last"
 
     async def who(request: bytes, context: Any) -> bytes:
-        caller, end = peer(), current_deadline.get()
+        caller, end = peer(), outer_end()
         assert caller is not None
         left = -1.0 if end is None else end - time.monotonic()
-        return f"{caller.spiffe_id}|{caller.is_tls}|{caller.serial}|{left:.3f}|{current_layer.get()}".encode()
+        return f"{caller.spiffe_id}|{caller.is_tls}|{caller.serial}|{left:.3f}|{outer_layer()}".encode()
 
     async def trace(request: bytes, context: Any) -> bytes:
         found = current_trace.get()
@@ -241,7 +241,7 @@ def blocking_handlers() -> grpc.GenericRpcHandler:
         return request
 
     def who(request: bytes, context: Any) -> bytes:
-        caller, end = peer(), current_deadline.get()
+        caller, end = peer(), outer_end()
         assert caller is not None
         return f"{caller.spiffe_id}|{caller.is_tls}|{end is not None}".encode()
 

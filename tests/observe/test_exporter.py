@@ -82,9 +82,9 @@ def test_health_follows_readiness(keeper: Keeper) -> None:
     is_ready = True
     made = MetricsListener("127.0.0.1:0", lambda: "", is_ready=lambda: is_ready)
     made.start(keeper)
-    assert ask(made, "/healthz")[::2] == (200, "ok\n")
+    assert ask(made, "/readyz")[::2] == (200, "ok\n")
     is_ready = False
-    assert ask(made, "/healthz")[::2] == (503, "draining\n")
+    assert ask(made, "/readyz")[::2] == (503, "draining\n")
     made.stop()
 
 

@@ -78,6 +78,7 @@ RATE = {
 CHECK = {"service": "orders", "failing": {"127.0.0.1:8102": "503"}, "checks": 50, "failures": 4, "skipped": 1}
 
 FULL = Readings(
+    house={"limit": 1024, "waiting": 3},
     engine=[out(), out("127.0.0.1:8101"), out("127.0.0.1:8102", breaker="half_open"), out(service="stock"), GUARD],
     gate=[came_in(), came_in(peer="", method="FROB")],
     discover=[

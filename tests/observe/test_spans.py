@@ -208,6 +208,92 @@ def test_instrumentation_of_others_leaves_nothing_for_us_to_make() -> None:
     )
 
 
+def test_span_that_was_made_around_us_and_is_not_recorded_is_not_made_again() -> None:
+    """The application's sampler has said no; only a caller's context that somebody put in place is a parent and no answer."""
+    run(
+        """
+        def around(is_remote):
+            found = trace.SpanContext(int(PARENT[3:35], 16), int(PARENT[36:52], 16), is_remote, trace.TraceFlags(not is_remote))
+            return trace.use_span(trace.NonRecordingSpan(found))
+        with around(False), observer.server_span("GET", "/", [], PEER):
+            assert dict(observer.client_headers())[b"traceparent"] == PARENT
+        assert spans() == ()
+        with around(True), observer.server_span("GET", "/", [(b"traceparent", PARENT)], PEER):
+            pass
+        assert one().parent.span_id == int(PARENT[36:52], 16)
+        """
+    )
+
+
+def test_span_that_was_made_around_us_is_told_what_we_know() -> None:
+    """Who called, and the template if it says none; what it says already stays."""
+    run(
+        """
+        contrib = trace.get_tracer("opentelemetry.instrumentation.asgi")
+        with contrib.start_as_current_span("GET /items/7", kind=SpanKind.SERVER):
+            with observer.server_span("GET", "/items/{id}", [], PEER):
+                pass
+        theirs = {"http.route": "/theirs/{id}"}
+        with contrib.start_as_current_span("GET /theirs/{id}", kind=SpanKind.SERVER, attributes=theirs):
+            with observer.server_span("GET", "/items/{id}", [], None):
+                pass
+        with contrib.start_as_current_span("GET", kind=SpanKind.SERVER):
+            with observer.server_span("GET", "orders/0", [], None):
+                pass
+        assert [(span.name, dict(span.attributes)) for span in spans()] == [
+            ("GET /items/{id}", {"meshlib.peer": PEER, "http.route": "/items/{id}"}),
+            ("GET /theirs/{id}", theirs),
+            ("GET", {"meshlib.route": "orders/0"}),
+        ]
+        """
+    )
+
+
+def test_span_of_a_call_that_was_forgotten_leaves_the_context_of_others_alone() -> None:
+    """A body that nobody closed is ended by the collector, perhaps in the middle of somebody else's call; and perhaps not."""
+    run(
+        """
+        import contextvars
+        from meshlib.observe.trace import current_trace
+        def case(share):
+            observer = Observer(service="orders", sample=share)
+            forgotten = observer.server_span("GET", "/forgotten", [], None).__enter__()
+            other = observer.server_span("GET", "/other", [], None).__enter__()
+            here = trace.get_current_span(), current_trace.get()
+            forgotten.let_go()
+            forgotten.end(200)
+            assert (trace.get_current_span(), current_trace.get()) == here
+            other.end(200)
+        def alone(share):
+            forgotten = Observer(service="orders", sample=share).server_span("GET", "/alone", [], None).__enter__()
+            forgotten.let_go()
+            forgotten.end(200)
+            assert (trace.get_current_span(), current_trace.get()) == (trace.INVALID_SPAN, None)
+        for share in (1.0, 0.0):
+            contextvars.copy_context().run(case, share)
+            contextvars.copy_context().run(alone, share)
+        assert [span.name for span in spans()] == ["GET /forgotten", "GET /other", "GET /alone"]
+        """
+    )
+
+
+def test_observer_knows_the_templates_of_our_routes() -> None:
+    """The gate names the route; its span tells what the route matches, unless it matches no path."""
+    run(
+        """
+        from types import SimpleNamespace as N
+        def route(name, **path):
+            return N(name=name, match=N(path=N(**{"exact": "", "template": "", "prefix": "", **path}) if path else None))
+        routes = [route("ware", template="/wares/{ware}"), route("all", prefix="/static/"), route("batch")]
+        observer.use(N(own=N(routes=routes)))
+        for name in ("ware", "all", "batch", "-"):
+            observer.server_span("GET", name, [], None).__enter__().end(200)
+        assert [(span.name, span.attributes.get("http.route")) for span in spans()] == [
+            ("GET /wares/{ware}", "/wares/{ware}"), ("GET /static/*", "/static/*"), ("GET", None), ("GET", None)]
+        """
+    )
+
+
 @pytest.mark.parametrize("key", ["context._SUPPRESS_INSTRUMENTATION_KEY", "'suppress_instrumentation'"])
 def test_suppressed_instrumentation_is_respected(key: str) -> None:
     """An exporter that sends through the mesh makes no spans about its own sending."""

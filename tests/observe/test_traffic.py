@@ -340,7 +340,7 @@ def test_a_file_that_is_no_record_is_left_out_and_told(recorder: Recorder, conte
 def test_what_the_gate_records_has_no_query_header_or_body(tmp_path: Path) -> None:
     """Only caller, method, path and verdict come through, and only where the plan says `record`."""
     gate = core.Gate()
-    routes = [{"name": "items", "path": {"kind": "template", "value": "/items/{item}"}}]
+    routes = [{"name": "items", "path": {"kind": "template", "value": "/items/{item}"}, "on_disconnect": "calls"}]
     recorder = Recorder(tmp_path, "orders")
     for is_on in (False, True):
         gate.publish(server_plan(server_rule("a", callers=[{"kind": "any"}]), record=is_on, routes=routes), 0.0)

@@ -12,7 +12,7 @@ from typing import Any
 from meshlib._native import core
 from meshlib.call import Peer
 from meshlib.secure import FolderSource, IdentityStore
-from meshlib.server.door import PEER
+from meshlib.server.line import LINE, Line
 from meshlib.server.way import InboundWay
 from tests.support import TRUST_DOMAIN, server_plan, server_rule
 
@@ -38,9 +38,9 @@ def exact(spiffe_id: str) -> list[dict[str, str]]:
     return [{"kind": "exact", "value": spiffe_id}]
 
 
-def plan(*rules: Any, mode: str = "enforce", in_flight: int = 1024, paths: str = "canonical") -> bytes:
-    routes = [{"name": "items", "path": {"kind": "template", "value": "/items/{id}"}}]
-    return server_plan(*rules, mode=mode, in_flight=in_flight, paths=paths, routes=routes)
+def plan(*rules: Any, mode: str = "enforce", on_disconnect: str = "calls", **more: Any) -> bytes:
+    routes = [{"name": "items", "path": {"kind": "template", "value": "/items/{id}"}, "on_disconnect": on_disconnect}]
+    return server_plan(*rules, mode=mode, routes=routes, **more)
 
 
 class Clock:
@@ -89,7 +89,7 @@ def http_scope(
         **more,
     }
     if peer is not None:
-        scope["extensions"] = {**more.get("extensions", {}), "tls": {PEER: peer}}
+        scope[LINE] = Line(peer, "127.0.0.1", 8000, is_ours=True)
     return scope
 
 
@@ -124,7 +124,7 @@ class Inside:
     """A mesh, as far as a door looks at it."""
 
     def __init__(self, mode: str, identity: Any) -> None:
-        self.config = SimpleNamespace(own=SimpleNamespace(mode=mode))
+        self.config = SimpleNamespace(own=SimpleNamespace(mode=mode, inbound=SimpleNamespace(public=None)))
         self.identity = identity
         self.trust = None
         # Who has proved to be somebody, and from where.

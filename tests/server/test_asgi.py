@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import meshlib
-from meshlib.call import Peer, current_deadline, current_layer, current_peer
+from meshlib.call import Peer, Visit, current_deadline, current_visit, outer_end, outer_layer
 from meshlib.server.asgi import MeshASGI
 from tests.server.inside import SHOP, Caller, Clock, exact, http_scope, in_flight, row, rule, way
 
@@ -202,22 +202,22 @@ async def test_the_deadline_and_the_attempt_reach_the_handler() -> None:
     clock, seen = Clock(), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append((current_deadline.get(), current_layer.get()))
+        seen.append((outer_end(), outer_layer()))
         await App()(scope, receive, send)
-        seen.append((current_deadline.get(), current_layer.get()))
+        seen.append((outer_end(), outer_layer()))
 
     mesh = MeshASGI(app, way(clock=clock))
     await call(mesh, http_scope("/items/7", ("x-mesh-deadline-ms", "1500"), ("x-mesh-attempt", "2")))
     await call(mesh, http_scope("/items/7", ("x-mesh-attempt", "many")))
     await call(mesh, http_scope())
-    # After the response there is no deadline any more: what runs on in the background has its own time.
-    assert seen == [(1001.5, 2), (None, 2), (None, 1), (None, 1), (None, 0), (None, 0)]
+    # After the response there is neither any more: what runs on in the background has its own time, and its own tries.
+    assert seen == [(1001.5, 2), (None, 0), (None, 1), (None, 0), (None, 0), (None, 0)]
 
 
 async def test_the_context_of_the_caller_is_given_back() -> None:
     """A server may run the application in its own task."""
-    outer = Peer("spiffe://shop.internal/outer", is_tls=True)
-    current_peer.set(outer)
+    outer = Visit(Peer("spiffe://shop.internal/outer", is_tls=True))
+    current_visit.set(outer)
     with meshlib.deadline(60) as end:
         for boom in (False, True):
             app = _boom if boom else App()
@@ -227,8 +227,8 @@ async def test_the_context_of_the_caller_is_given_back() -> None:
                 )
             except RuntimeError:
                 assert boom
-            assert (current_peer.get(), current_deadline.get()) == (outer, end)
-    current_peer.set(None)
+            assert (current_visit.get(), current_deadline.get()) == (outer, end)
+    current_visit.set(None)
 
 
 async def _boom(scope: Any, receive: Any, send: Any) -> None:
@@ -239,7 +239,7 @@ async def test_a_plain_call_never_sees_the_peer_of_the_task_that_runs_it() -> No
     """Some servers run a request in a copy of another one's context."""
     app = App()
     context = contextvars.copy_context()
-    context.run(current_peer.set, Peer(SHOP, is_tls=True))
+    context.run(current_visit.set, Visit(Peer(SHOP, is_tls=True)))
     await asyncio.create_task(call(MeshASGI(app, way(mode="permissive")), http_scope(peer=None)), context=context)
     assert app.peers == [Peer("")]
 

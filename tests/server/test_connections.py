@@ -230,13 +230,17 @@ def test_the_target_is_judged_as_it_came(http: str) -> None:
     from uvicorn.config import Config
     from uvicorn.server import ServerState
 
+    from meshlib._native import core
     from meshlib.server.head import bounded
 
     module, _, name = http.partition(":")
     seen: list[tuple[bytes, bytes]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append((scope["raw_path"], scope["query_string"]))
+        path, _, query = (
+            scope[core.TARGET].partition(b"?") if core.TARGET in scope else (scope["raw_path"], b"", scope["query_string"])
+        )
+        seen.append((path, query))
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 

@@ -55,7 +55,7 @@ def test_the_mode_says_what_is_taken(folder: Path, mode: str, has_identity: bool
         return "refused" if tested.open(first) is None else "tls"
 
     assert (judged(GET), judged(HANDSHAKE)) == (plain, tls)
-    assert tested.is_plain_only is (mode == "observe" and not has_identity)
+    assert tested.takes_only_plain() is (mode == "observe" and not has_identity)
 
 
 def test_the_refusal_is_whole_http() -> None:

@@ -17,7 +17,7 @@ import grpc.aio
 import pytest
 
 from meshlib import errors
-from meshlib.call import current_deadline, current_layer, current_peer, peer
+from meshlib.call import outer_end, outer_layer, peer
 from meshlib.server.grpc import add_port, server_interceptors
 from meshlib.server.grpc_handlers import Reception
 from meshlib.server.way import InboundWay
@@ -113,7 +113,7 @@ async def test_a_handler_knows_who_calls_and_how_long_there_is(shop: Shop, calle
     assert who[4] == "2"
     assert (await caller.unary_unary(WHO)(b"")).decode().split("|")[3:] == ["-1.000", "0"]
     assert (await caller.unary_unary(WHO)(b"", metadata=(("x-mesh-attempt", "many"),))).decode().endswith("|1")
-    assert (current_peer.get(), current_deadline.get(), current_layer.get()) == (None, None, 0)
+    assert (peer(), outer_end(), outer_layer()) == (None, None, 0)
 
 
 async def test_identity_in_metadata_counts_for_nothing(shop: Shop, backend: Backend) -> None:
@@ -304,7 +304,7 @@ async def test_blocking_handlers_in_an_asyncio_server_stay_in_its_threads(shop: 
         assert await refusal(channel.unary_unary(ECHO)(b"")) == (Code.PERMISSION_DENIED, "not allowed")
         assert await refusal(channel.unary_stream(COUNT)(b"1").read()) == (Code.PERMISSION_DENIED, "not allowed")
     # Awaited, since gRPC's thread may still wait for the loop.
-    await asyncio.wrap_future(threads.submit(lambda: left.append((current_peer.get(), current_deadline.get()))))
+    await asyncio.wrap_future(threads.submit(lambda: left.append((peer(), outer_end()))))
     assert left == [(None, None)]
     await until(lambda: in_flight(party) == 0)
     await server.stop(None)

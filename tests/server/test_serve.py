@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from meshlib.cli import serve as command
 from meshlib.server import door as doors
 from meshlib.server import serve as serving
 from meshlib.server.asgi import MeshASGI
+from meshlib.server.listeners import Listeners
 from meshlib.server.serve import bind, speaks_asgi, wrapped
 from meshlib.server.wsgi import MeshWSGI
 from tests.server.inside import way
@@ -128,7 +131,7 @@ def test_each_reason_has_its_way_out(monkeypatch: pytest.MonkeyPatch, code: int,
         def bind(self, address: Any) -> None:
             raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(serving.socket, "socket", Refusing)
+    monkeypatch.setattr(socket, "socket", Refusing)
     with pytest.raises(errors.ListenError) as caught:
         bind("127.0.0.1:80")
     assert hint in caught.value.hint
@@ -392,3 +395,150 @@ def test_after_the_end_nothing_is_left(shop: Shop) -> None:
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
     with bind(f"127.0.0.1:{shop.port}"):
         pass
+
+
+# ------------------------------------------------------------------------------------------------ before the fork
+
+EARLY = """
+import asyncio, os
+import meshlib
+
+mesh = meshlib.Mesh.load()
+# Used before the fork, as code at a module's top is: connections, sessions and threads of this process, which the workers must not take over.
+sync, http = mesh.sync_client(), mesh.client()
+assert sync.get("http://stock/import").status_code == 200
+
+async def warm():
+    async with mesh.client() as early:
+        assert (await early.get("http://stock/import")).status_code == 200
+
+asyncio.run(warm())
+
+def bare_wsgi(environ, start_response):
+    answer = sync.get("http://stock/item")
+    body = b"%d %d" % (answer.status_code, os.getpid())
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+async def bare(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"].endswith("shutdown"):
+                return
+    answer = await http.get("http://stock/item")
+    body = b"%d %d" % (answer.status_code, os.getpid())
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+wsgi, app = mesh.wsgi(bare_wsgi), mesh.asgi(bare)
+"""
+STOCK = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+"""
+WORKERS = "meshlib.server.gunicorn."
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            (*GUNICORN, f"{WORKERS}{kind}", f"early_app:{app}", "--workers", "4", "--bind=127.0.0.1:{port}", *more, *preload)
+            for kind, app, more in (
+                ("SyncWorker", "wsgi", ()),
+                ("ThreadWorker", "wsgi", ("--threads", "4")),
+                ("ASGIWorker", "app", ()),
+            )
+            for preload in ((), ("--preload",))
+        ),
+        (MESHLIB, "serve", "early_app:wsgi", "--workers", "4"),
+        (MESHLIB, "serve", "early_app:app", "--workers", "4"),
+    ],
+    ids=["sync", "sync-preload", "gthread", "gthread-preload", "asgi", "asgi-preload", "serve-wsgi", "serve-asgi"],
+)
+def test_a_client_that_was_used_at_import_works_in_every_worker(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Four of them, over mTLS: no call fails, neither at once nor side by side."""
+    identities(tmp_path, "shop", "stock", "web")
+    (tmp_path / "early_app.py").write_text(EARLY)
+    (tmp_path / "stock_app.py").write_text(STOCK)
+    port, stock_port = free_port(), free_port()
+    allow = {"allow": [{"name": "all", "from": ["web", "shop"]}]}
+    services = {
+        name: {
+            "listen": f"127.0.0.1:{each}",
+            "discover": {"static": [f"127.0.0.1:{each}"]},
+            "secure": allow,
+            "admit": {"connect": 20},
+        }
+        for name, each in (("shop", port), ("stock", stock_port))
+    }
+    config = write_config(tmp_path, {**services, "web": {}}, mode="enforce")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "MESHLIB_CONFIG": str(config)}
+    stock = (MESHLIB, "serve", "stock_app:app", "--service", "stock")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(process(*stock, env=env, cwd=tmp_path))
+        wait_until_listening(stock_port, first)
+        shop = stack.enter_context(
+            process(*(word.format(port=port) for word in words), env={**env, "MESHLIB_SERVICE": "shop"}, cwd=tmp_path)
+        )
+        wait_until_listening(port, shop)
+        mesh = meshlib.Mesh.load(config, service="web")
+        stack.callback(mesh.close)
+        workers = children(shop.pid, 4)
+        with ThreadPoolExecutor(8) as pool:
+            for alone in workers:
+                others = [pid for pid in workers if pid != alone]
+                try:
+                    for pid in others:
+                        os.kill(pid, signal.SIGSTOP)
+                    answers = list(pool.map(lambda _: _fresh(mesh), range(16)))
+                finally:
+                    for pid in others:
+                        os.kill(pid, signal.SIGCONT)
+                assert answers == [(b"200", b"%d" % alone)] * 16
+
+
+def children(pid: int, count: int, seconds: float = 20.0) -> list[int]:
+    """The workers of a watcher, as soon as there are so many."""
+    end = time.monotonic() + seconds
+    while True:
+        found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        if len(found) == count:
+            return found
+        assert time.monotonic() < end, "the workers don't start"
+        time.sleep(0.05)
+
+
+def _fresh(mesh: meshlib.Mesh) -> tuple[bytes, bytes]:
+    """By a connection of its own, so that all workers come to it."""
+    with mesh.sync_client() as http:
+        answer = http.get("http://shop/items")
+    assert answer.status_code == 200, answer.text
+    status, pid = answer.content.split()
+    return status, pid
+
+
+def test_the_log_names_every_address(tmp_path: Path) -> None:
+    """One line, with all listeners."""
+    with bind("127.0.0.1:0") as one, bind("127.0.0.1:0") as two:
+        ports = [sock.getsockname()[1] for sock in (one, two)]
+    listeners = Listeners("127.0.0.1:0", f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}")
+    mine = listeners.mesh.getsockname()[1]
+    assert str(listeners) == f"127.0.0.1:{mine}, public 127.0.0.1:{ports[0]}, probes 127.0.0.1:{ports[1]}"
+    assert len(listeners.serving) == 2
+    listeners.close()
+    with Listeners("127.0.0.1:0").mesh as alone:
+        assert alone.fileno() > 0
+
+
+def test_all_addresses_or_none(tmp_path: Path) -> None:
+    """Where the last can't be had, those before it are let go."""
+    with bind("127.0.0.1:0") as taken:
+        port = free_port()
+        with pytest.raises(errors.ListenError):
+            Listeners(f"127.0.0.1:{port}", None, f"127.0.0.1:{taken.getsockname()[1]}")
+        with bind(f"127.0.0.1:{port}"):
+            pass

@@ -110,7 +110,7 @@ class Connection:
         self.door = Door(self.mesh)  # type: ignore[arg-type]
         self.state = SimpleNamespace(connections=set())
         self.scopes: list[Any] = []
-        config: Any = SimpleNamespace(loaded_app=self.app)
+        config: Any = SimpleNamespace(loaded_app=self.app, ws_protocol_class=None)
         self.below = Below()
         self.front = MeshHTTP.behind(self.door, Above)(config, self.state, {}, asyncio.get_running_loop())  # type: ignore[arg-type]
         self.front.connection_made(self.below)

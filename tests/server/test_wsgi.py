@@ -12,8 +12,8 @@ from wsgiref.validate import validator
 import pytest
 
 import meshlib
-from meshlib.call import Peer, current_layer, current_peer
-from meshlib.server.door import PEER
+from meshlib.call import Peer, Visit, current_visit, outer_layer
+from meshlib.server.door import ARRIVED, PEER
 from meshlib.server.wsgi import MeshWSGI
 from tests.server.inside import SHOP, SOMEBODY, Clock, exact, in_flight, row, rule, way
 
@@ -226,19 +226,48 @@ def test_the_deadline_and_the_attempt_reach_the_handler() -> None:
         start_response("200 OK", [])
 
         def body() -> Any:
-            seen.append((meshlib.remaining(clock()), current_layer.get()))
+            seen.append((meshlib.remaining(clock()), outer_layer()))
             yield b"x"
 
         return body()
 
     def thread() -> None:
-        outer = Peer("spiffe://shop.internal/outer")
-        current_peer.set(outer)
+        outer = Visit(Peer("spiffe://shop.internal/outer"))
+        current_visit.set(outer)
         Caller()._run(MeshWSGI(app, way(clock=clock)), environ(HTTP_X_MESH_DEADLINE_MS="250", HTTP_X_MESH_ATTEMPT="1"))
-        assert (current_peer.get(), current_layer.get()) == (outer, 0)
+        assert (current_visit.get(), outer_layer()) == (outer, 0)
 
     contextvars.copy_context().run(thread)
     assert seen == [(0.25, 1)]
+
+
+def test_time_in_line_for_a_thread_is_the_calls_own() -> None:
+    """Its deadline counts from when it came, and so does its time; whoever came too late for it is refused before the handler."""
+    clock, app = Clock(), App()
+    clock.now = 100.0
+    mesh = MeshWSGI(app, way(clock=clock))
+    left: list[float | None] = []
+
+    def timed(env: dict[str, Any], start_response: Any) -> Any:
+        left.append(meshlib.remaining(clock()))
+        return app(env, start_response)
+
+    in_time = call(MeshWSGI(timed, mesh.way), {**environ(HTTP_X_MESH_DEADLINE_MS="3000"), ARRIVED: 98.0})
+    assert row(mesh.way)["latency_sum"] == 2.0
+    late = call(mesh, {**environ(HTTP_X_MESH_DEADLINE_MS="1500"), ARRIVED: 98.0})
+    assert (in_time.status, late.status) == ("200 OK", "504 Gateway Timeout")
+    assert left == [pytest.approx(1.0)]
+    assert len(app.environs) == 1
+
+
+def test_when_it_came_is_only_believed_of_our_own_worker() -> None:
+    """And never a time that is still to come."""
+    clock, app = Clock(), App()
+    clock.now = 100.0
+    mesh = MeshWSGI(app, way(clock=clock, mode="observe"))
+    foreign = {**environ(peer=None, HTTP_X_MESH_DEADLINE_MS="1500"), ARRIVED: 98.0}
+    ahead = {**environ(HTTP_X_MESH_DEADLINE_MS="0"), ARRIVED: 500.0}
+    assert [call(mesh, env).status for env in (foreign, ahead)] == ["200 OK", "504 Gateway Timeout"]
 
 
 def test_a_body_that_is_made_holds_its_place_until_the_server_closes_it() -> None:
@@ -266,6 +295,28 @@ def test_a_body_that_nobody_closes_is_over_when_nobody_has_it_any_more() -> None
         assert (list(body), in_flight(inbound)) == ([b"x"], 1)
         del body
         assert in_flight(inbound) == 0
+
+
+def test_a_body_that_nobody_closes_takes_nothing_from_the_call_that_runs_by_then() -> None:
+    """The collector comes when it likes: the running call keeps its peer, and nothing of either is left behind."""
+    forgotten: list[Any] = []
+    shop = Peer(SHOP, is_tls=True)
+    peers: list[Peer | None] = []
+
+    def handler(env: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])
+        forgotten.clear()
+        peers.append(meshlib.peer())
+        return [b"done"]
+
+    def thread() -> None:
+        app = MeshWSGI(App(iter([b"a"])), way())
+        forgotten.append(app(environ(), Caller().start_response))
+        MeshWSGI(handler, way())(environ(peer=shop), Caller().start_response)
+        peers.append(meshlib.peer())
+
+    contextvars.copy_context().run(thread)
+    assert peers == [shop, None]
 
 
 def test_a_body_that_fails_gives_its_place_back() -> None:
