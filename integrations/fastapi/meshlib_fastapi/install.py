@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 from opentelemetry import trace
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from meshlib import AttemptFailed, DeadlineExceeded, IdentityError, Mesh, Refused
 
 from .peer import IdentityRequired
 from .problems import answer_for_failed_call, answer_for_missing_identity
-from .route import name_span
+from .route import is_traced_by_others, name_span
 
 
 def install(app: FastAPI, mesh: Mesh) -> None:
@@ -47,28 +48,43 @@ def _surround(app: FastAPI, mesh: Mesh) -> None:
 
     def build_behind_the_mesh() -> Any:
         inside.app = build()
-        return outside
+        inside.is_traced_inside = is_traced_by_others(inside.app)
+        # OpenTelemetry's instrumentation, where it comes later, looks for this kind of middleware, and would else leave the application be.
+        return ServerErrorMiddleware(outside) if getattr(app, "_is_instrumented_by_opentelemetry", False) else outside
 
     app.build_middleware_stack = build_behind_the_mesh  # type: ignore[method-assign]
 
 
 class _Inside:
-    """All that is behind the mesh. It stands where the span of the call is the current one."""
+    """All that is behind the mesh. It stands where the span of the call is the current one, be it the mesh's or of what is around it."""
 
     # FastAPI and others look along `.app` for what is in the stack.
     app: Any = None
+    # An instrumentation further in makes the span: the mesh then makes none, and here there is none yet.
+    is_traced_inside = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         span = trace.get_current_span()
-        if not span.is_recording() or scope["type"] == "lifespan":
+        if scope["type"] == "lifespan" or not (span.is_recording() or self.is_traced_inside):
             await self.app(scope, receive, send)
             return
-        # Keeps FastAPI applications that are mounted in this one from making a SERVER span each.
-        scope.setdefault("fastapi.telemetry", None)
+        if span.is_recording():
+            # Keeps FastAPI applications that are mounted in this one from making a SERVER span each.
+            scope.setdefault("fastapi.telemetry", None)
+
+        async def named(message: Any) -> None:
+            # Whoever made the span may end it with the answer, so that afterwards is too late.
+            if message["type"] in _BEGINNINGS:
+                name_span(span if span.is_recording() else trace.get_current_span(), scope)
+            await send(message)
+
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, named)
         finally:
             name_span(span, scope)
+
+
+_BEGINNINGS: Final = frozenset({"http.response.start", "websocket.accept"})
 
 
 def _close_with(app: FastAPI, mesh: Mesh) -> None:

@@ -34,7 +34,17 @@ def template_of(scope: Mapping[str, Any]) -> str | None:
 
 def name_span(span: Span, scope: Mapping[str, Any]) -> None:
     """Give the span of this call the template, if it is one of a server: another was begun by somebody else, for something else."""
-    template = template_of(scope)
-    if template is not None and getattr(span, "kind", None) is SpanKind.SERVER:
+    if not span.is_recording() or getattr(span, "kind", None) is not SpanKind.SERVER:
+        return
+    if (template := template_of(scope)) is not None:
         span.set_attribute("http.route", template)
         span.update_name(f"{str(getattr(span, 'name', 'HTTP')).partition(' ')[0]} {template}")
+
+
+def is_traced_by_others(stack: Any) -> bool:
+    """Is a middleware of OpenTelemetry's own in this stack? It makes the span of a call where nobody around it has made one."""
+    while stack is not None:
+        if type(stack).__module__.startswith("opentelemetry.instrumentation."):
+            return True
+        stack = getattr(stack, "app", None)
+    return False

@@ -20,7 +20,9 @@ from meshlib_fastapi import OptionalPeer, Peer, install, optional_peer
 from websockets.sync.client import connect
 
 import meshlib
+from meshlib.testing import as_peer
 from tests.support import PYTHON, free_port, identities, mesh_of, process, wait_until_listening, write_config
+from tests.traced import check_one_span, stories
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # newer ones would rather have a successor of httpx
@@ -287,12 +289,41 @@ def app(mesh: meshlib.Mesh) -> FastAPI:
 
 
 def test_a_test_may_say_who_calls(app: FastAPI) -> None:
-    """As with every dependency of FastAPI; by default its client has proved nothing."""
+    """For all that knows a caller, or for the dependency only; by default FastAPI's client has proved nothing."""
     client = TestClient(app)
     assert [client.get("/items/7").status_code, client.get("/open/7").json()["peer"]] == [401, None]
-    app.dependency_overrides[optional_peer] = lambda: meshlib.Peer(ID + "web", is_tls=True)
-    assert client.get("/items/7").json() == {"item": "7", "peer": "web"}
-    assert client.get("/open/7").json() == {"item": "7", "peer": "web"}
+    with as_peer(ID + "web"):
+        assert client.get("/items/7").json() == {"item": "7", "peer": "web"}
+        assert client.get("/open/7").json() == {"item": "7", "peer": "web"}
+    app.dependency_overrides[optional_peer] = lambda: meshlib.Peer(ID + "batch", is_tls=True)
+    assert client.get("/items/7").json() == {"item": "7", "peer": "batch"}
+
+
+def test_in_mode_enforce_a_test_is_judged_as_the_peer_that_it_says(tmp_path: Path) -> None:
+    """With the application's own lifespan, as by its real server: allowed, refused by the rules, and nobody."""
+    identities(tmp_path, "me")
+    rules = {"secure": {"allow": [{"name": "web only", "from": ["web"], "paths": ["/items/{item}"]}]}}
+    with mesh_of(tmp_path, {"me": rules, "web": {}}, mode="enforce") as mesh:
+        app = FastAPI()
+        install(app, mesh)
+
+        @app.get("/items/{item}")
+        def show(item: int, peer: Peer) -> str:
+            return peer.service
+
+        with TestClient(app) as client:
+            web, batch = as_peer(ID + "web"), as_peer(ID + "batch")
+            assert web(client.get)("/items/7").json() == "web"
+            assert [web(client.get)("/other").status_code, batch(client.get)("/items/7").status_code] == [403, 403]
+            assert client.get("/items/7").status_code == 401
+
+
+def test_an_application_may_be_begun_and_ended_as_often_as_tests_do(app: FastAPI) -> None:
+    """A suite has one application and a client for each test: the last is served as the first, and told nothing of an end."""
+    for _ in range(3):
+        with TestClient(app) as client, as_peer(ID + "web"):
+            answer = client.get("/items/7")
+            assert (answer.status_code, "connection" in answer.headers) == (200, False)
 
 
 def test_middleware_that_is_added_later_stands_behind_the_mesh(app: FastAPI) -> None:
@@ -459,3 +490,93 @@ def test_install_is_for_once_and_before_the_first_call(app: FastAPI, mesh: meshl
     TestClient(late).get("/")
     with pytest.raises(RuntimeError, match="begun"):
         install(late, mesh)
+
+
+# --------------------------------------------------------------------- beside OpenTelemetry's own instrumentations
+
+NESTINGS = """
+import fastapi
+from fastapi import APIRouter, FastAPI
+from meshlib_fastapi import install
+from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+
+router = APIRouter(prefix="/v1")
+router.get("/items/{item}")(handle_later)
+
+
+def made(kind=FastAPI):
+    app = kind()
+    app.include_router(router)
+    return app
+
+
+@nesting
+def the_mesh_alone():
+    app = made()
+    install(app, mesh)
+    return app
+
+@nesting
+def instrumented_after():
+    app = made()
+    install(app, mesh)
+    FastAPIInstrumentor.instrument_app(app)
+    return app
+
+@nesting
+def instrumented_before():
+    app = made()
+    FastAPIInstrumentor.instrument_app(app)
+    install(app, mesh)
+    return app
+
+@nesting
+def middleware_inside():
+    app = made()
+    install(app, mesh)
+    app.add_middleware(OpenTelemetryMiddleware)
+    return app
+
+@nesting
+def middleware_around():
+    app = made()
+    install(app, mesh)
+    return OpenTelemetryMiddleware(app)
+
+@nesting
+def served_by_the_mesh():
+    app = made()
+    install(app, mesh)
+    FastAPIInstrumentor.instrument_app(app)
+    return mesh.asgi(app)
+
+@nesting
+def instrumented_everywhere():
+    FastAPIInstrumentor().instrument()  # of all that is made from here on
+    app = made(fastapi.FastAPI)
+    install(app, mesh)
+    return app
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return stories(NESTINGS, "/v1/items/7")
+
+
+@pytest.mark.parametrize(
+    ("nesting", "by"),
+    [
+        ("the_mesh_alone", "meshlib"),
+        ("instrumented_after", "opentelemetry.instrumentation.fastapi"),
+        ("instrumented_before", "opentelemetry.instrumentation.fastapi"),
+        ("instrumented_everywhere", "opentelemetry.instrumentation.fastapi"),
+        ("middleware_inside", "opentelemetry.instrumentation.asgi"),
+        ("middleware_around", "opentelemetry.instrumentation.asgi"),
+        ("served_by_the_mesh", "opentelemetry.instrumentation.fastapi"),
+    ],
+)
+def test_one_call_is_one_span_under_its_template(found: dict[str, Any], nesting: str, by: str) -> None:
+    """Whoever makes it, in whatever order they were put around the application; nobody complains, and the trace goes on."""
+    check_one_span(found[nesting], by=by, name="GET /v1/items/{item}", route="/v1/items/{item}")

@@ -17,7 +17,9 @@ from flask import Flask, g, request
 from meshlib_flask import MeshFlask, peer_required
 
 import meshlib
+from meshlib.testing import as_peer
 from tests.support import PYTHON, free_port, identities, mesh_of, process, wait_until_listening, write_config
+from tests.traced import check_one_span, stories
 
 EXAMPLE = Path(__file__).parent.parent / "example.py"
 MESHLIB = str(Path(PYTHON).parent / "meshlib")
@@ -260,8 +262,38 @@ def test_the_test_client_works_in_all_its_ways(app: Flask) -> None:
         assert app.preprocess_request() is None
 
 
+def test_a_test_may_say_who_calls(app: Flask) -> None:
+    """By default Flask's client has proved nothing. Within it `g` has the peer too."""
+    client = app.test_client()
+    assert client.get("/items/7").status_code == 401
+    with as_peer(ID + "web"), client:
+        assert client.get("/items/7").json == {"item": "7", "peer": "web"}
+        assert g.peer.spiffe_id == ID + "web"
+    assert client.get("/open/7").json["peer"] is None
+
+
+def test_in_mode_enforce_a_test_is_judged_as_the_peer_that_it_says(tmp_path: Path) -> None:
+    """As by its real server: allowed, refused by the rules, and nobody."""
+    identities(tmp_path, "me")
+    rules = {"secure": {"allow": [{"name": "web only", "from": ["web"], "paths": ["/items/{item}"]}]}}
+    with mesh_of(tmp_path, {"me": rules, "web": {}}, mode="enforce") as mesh:
+        app = Flask(__name__)
+        MeshFlask(app, mesh)
+
+        @app.get("/items/<item>")
+        @peer_required
+        def show(item: str) -> str:
+            return str(g.peer.service)
+
+        client = app.test_client()
+        web, batch = as_peer(ID + "web"), as_peer(ID + "batch")
+        assert web(client.get)("/items/7").text == "web"
+        assert [web(client.get)("/other").status_code, batch(client.get)("/items/7").status_code] == [403, 403]
+        assert client.get("/items/7").status_code == 401
+
+
 def test_a_view_may_be_a_coroutine_function(app: Flask) -> None:
-    """`peer_required` leaves it to Flask how one is run. A test says who calls as a server of the mesh would."""
+    """`peer_required` leaves it to Flask how one is run."""
     pytest.importorskip("asgiref", reason="flask[async] is not installed")
 
     @app.get("/slowly")
@@ -269,9 +301,9 @@ def test_a_view_may_be_a_coroutine_function(app: Flask) -> None:
     async def slowly() -> str:
         return f"done for {g.peer.service}"
 
-    web = {"meshlib.peer": meshlib.Peer(ID + "web", is_tls=True)}
     assert app.test_client().get("/slowly").status_code == 401
-    assert app.test_client().get("/slowly", environ_overrides=web).text == "done for web"
+    with as_peer(ID + "web"):
+        assert app.test_client().get("/slowly").text == "done for web"
 
 
 def test_refused_calls_run_no_code_of_the_application(app: Flask) -> None:
@@ -372,3 +404,95 @@ def test_the_extension_is_for_once_and_before_the_first_call(app: Flask, mesh: m
     with pytest.raises(AssertionError):
         MeshFlask(late, mesh)
     assert late.wsgi_app == before
+
+
+# --------------------------------------------------------------------- beside OpenTelemetry's own instrumentations
+
+NESTINGS = """
+import flask
+from flask import Blueprint, Flask
+from meshlib_flask import MeshFlask
+from opentelemetry.instrumentation.flask import FlaskInstrumentor
+from opentelemetry.instrumentation.wsgi import OpenTelemetryMiddleware
+
+items = Blueprint("items", __name__, url_prefix="/v1")
+items.get("/items/<int:item>")(lambda item: handle_now())
+
+
+def made(kind=Flask):
+    app = kind("under test")
+    app.register_blueprint(items)
+    return app
+
+
+@nesting
+def the_mesh_alone():
+    app = made()
+    MeshFlask(app, mesh)
+    return app
+
+@nesting
+def instrumented_after():
+    app = made()
+    MeshFlask(app, mesh)
+    FlaskInstrumentor().instrument_app(app)
+    return app
+
+@nesting
+def instrumented_before():
+    app = made()
+    FlaskInstrumentor().instrument_app(app)
+    MeshFlask(app, mesh)
+    return app
+
+@nesting
+def instrumented_everywhere():
+    FlaskInstrumentor().instrument()
+    app = made(flask.Flask)
+    FlaskInstrumentor().uninstrument()
+    MeshFlask(app, mesh)
+    return app
+
+@nesting
+def middleware_inside():
+    app = made()
+    app.wsgi_app = OpenTelemetryMiddleware(app.wsgi_app)
+    MeshFlask(app, mesh)
+    return app
+
+@nesting
+def middleware_around():
+    app = made()
+    MeshFlask(app, mesh)
+    app.wsgi_app = OpenTelemetryMiddleware(app.wsgi_app)
+    return app
+
+@nesting
+def served_by_the_mesh():
+    app = made()
+    MeshFlask(app, mesh)
+    FlaskInstrumentor().instrument_app(app)
+    return mesh.wsgi(app)
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return stories(NESTINGS, "/v1/items/7")
+
+
+@pytest.mark.parametrize(
+    ("nesting", "by"),
+    [
+        ("the_mesh_alone", "meshlib"),
+        ("instrumented_after", "opentelemetry.instrumentation.flask"),
+        ("instrumented_before", "opentelemetry.instrumentation.flask"),
+        ("instrumented_everywhere", "opentelemetry.instrumentation.flask"),
+        ("middleware_inside", "opentelemetry.instrumentation.wsgi"),
+        ("middleware_around", "opentelemetry.instrumentation.wsgi"),
+        ("served_by_the_mesh", "opentelemetry.instrumentation.flask"),
+    ],
+)
+def test_one_call_is_one_span_under_its_rule(found: dict[str, Any], nesting: str, by: str) -> None:
+    """Whoever makes it, in whatever order they were put around the application; nobody complains, and the trace goes on."""
+    check_one_span(found[nesting], by=by, name="GET /v1/items/<int:item>", route="/v1/items/<int:item>")

@@ -28,9 +28,10 @@ from meshlib_redis import RedisLimiter, open_limiter
 from meshlib_redis.limiter import _Asker, wait, window
 
 import meshlib
-from meshlib.admit.limiter import RateGuard
+from meshlib.admit.inbound import STAND_IN, InboundRates
+from meshlib.admit.limiter import RateGuard, Stores
 from meshlib.client.way import run
-from meshlib.config.policy import RatePart, RatePolicy
+from meshlib.config import RatePart, RatePolicy
 from tests.support import free_port
 
 pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
@@ -205,6 +206,66 @@ def test_the_configuration_beside_the_example_is_whole(server: Server, tmp_path:
 
     assert [sum(call(tenant) for _ in range(30)) for tenant in (b"a", b"b")] == [20, 20]
     assert ("storefront" in made, [row["refused"] for row in made.stats()]) == (False, [0, 20])
+
+
+# ---------------------------------------------------------------- calls that come in
+
+
+def inbound(server: Server, stores: Stores | None = None, *, calls: int = 3) -> InboundRates:
+    """The rates of a process for what comes in, by the address of the client."""
+    rate = RatePolicy("clients", calls, 60.0, calls, (RatePart("client", ""),), "redis", "local")
+    config: Any = SimpleNamespace(
+        name="shop",
+        service="orders",
+        stores={"redis": {"url": server.url, "timeout": PATIENCE}},
+        own=SimpleNamespace(inbound_global_rates=(rate,)),
+    )
+    made = InboundRates(stores, source=random.Random(1))
+    made.prepare(config)()
+    return made
+
+
+async def test_what_comes_in_to_several_processes_is_counted_together(server: Server) -> None:
+    """Whoever handles the calls; one address of IPv6 is the whole subscriber, and another client has a limit of his own."""
+    here, there = inbound(server), inbound(server)
+    said = [
+        here.take_blocking("", "", "2001:db8::1", []),
+        await there.take("", "", "2001:db8::2", []),
+        here.take_blocking("items", "spiffe://shop/a", "2001:db8::3", []),
+        await here.take("", "", "2001:db8::4", []),
+        there.take_blocking("", "", "2001:db8::5", []),
+        await there.take("", "", "192.0.2.7", []),
+    ]
+    assert said[:3] + said[5:] == [None] * 4
+    assert all(isinstance(seconds, float) and 0.0 < seconds <= 60.0 for seconds in said[3:5])
+    assert [(row["asked"], row["refused"]) for made in (here, there) for row in made.stats()] == [(3, 1), (3, 1)]
+
+
+async def test_both_ways_share_the_connections_and_what_is_known_of_the_store(server: Server) -> None:
+    """When Redis dies, who notices first notices for both; and when it is back, it is back for both."""
+    stores = Stores()
+    made, out = inbound(server, stores), RateGuard(stores, source=random.Random(1))
+    rate = RatePolicy("r", 9, 60.0, 9, (RatePart("service", ""),), "redis", "local")
+    config: Any = SimpleNamespace(
+        name="shop",
+        services={"orders": None},
+        stores={"redis": {"url": server.url, "timeout": PATIENCE}},
+        rates_of=lambda _: (rate,),
+    )
+    out.prepare(config)()
+    assert (made.take_blocking("", "", "192.0.2.7", []), ask(out)) == (None, False)
+    with redis.Redis(port=server.port) as client:
+        # Ours, and the one that asks.
+        assert client.info("clients")["connected_clients"] == 2
+    server.kill()
+    assert (await made.take("", "", "192.0.2.7", []), out.is_away("orders"), ask(out)) == (STAND_IN, True, True)
+    assert [row["asked"] for row in out.stats()] == [1]
+    server.start()
+    end = time.monotonic() + 20
+    while made.take_blocking("", "", "192.0.2.7", []) is STAND_IN:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+    assert (out.is_away("orders"), ask(out)) == (False, False)
 
 
 # ---------------------------------------------------------------- processes, loops, threads
@@ -385,7 +446,7 @@ def test_a_store_that_is_killed_costs_no_call_and_comes_back(server: Server, on_
             assert ask(made) is (on_failure == "local")
     assert (made.stats()[0]["failed"], made.stats()[0]["skipped"]) == (1, 2)
     server.start()
-    made._stores["redis"].until = 0.0  # a second later
+    made._rates["orders"][0].store.until = 0.0  # a second later
     assert (ask(made), made.stats()[0]["is_away"]) == (False, False)
 
 
@@ -402,7 +463,7 @@ def test_a_store_that_hangs_holds_up_nobody_for_longer_than_its_time(server: Ser
             assert (made.stats()[0]["asked"], made.stats()[0]["skipped"]) == (asked, 19)
     finally:
         server.send(signal.SIGCONT)
-    warm._stores["redis"].until = 0.0
+    warm._rates["orders"][0].store.until = 0.0
     assert ask(warm) is False
 
 
