@@ -1,4 +1,4 @@
-"""Every kind of server, each in a process of its own, in mode enforce and in mode permissive, for all tests of this folder."""
+"""Every kind of server, each in a process of its own in each of its modes, for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conformance.server.host import KINDS
-from tests.conformance.server.servers import Server, World, running
+from tests.conformance.server.kinds import places
+from tests.conformance.server.servers import Fleet
+from tests.conformance.server.world import World
+
+# Before they are imported: a behaviour that fails should say what it saw.
+pytest.register_assert_rewrite("tests.conformance.server.behaviours")
 
 
 @pytest.fixture(scope="session")
@@ -15,13 +19,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def enforcing(request: pytest.FixtureRequest, world: World) -> Iterator[Server]:
-    with running(request.param, "enforce", world) as server:
-        yield server
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def permissive(request: pytest.FixtureRequest, world: World) -> Iterator[Server]:
-    with running(request.param, "permissive", world) as server:
-        yield server
+@pytest.fixture(scope="session")
+def fleet(world: World) -> Iterator[Fleet]:
+    made = Fleet(world, places())
+    yield made
+    made.close()

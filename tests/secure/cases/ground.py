@@ -24,6 +24,7 @@ from urllib.parse import unquote_to_bytes
 import meshlib
 from meshlib.call import Peer
 from meshlib.server.door import PEER
+from meshlib.server.line import LINE, Line
 from tests.support import identities as _issue
 
 TRUST_DOMAIN = "td"
@@ -210,8 +211,8 @@ def asgi_scope(request: Request) -> dict[str, Any]:
     }
     if request.kind == "http":
         scope["method"] = request.method
-    if request.is_tls:
-        scope["extensions"] = {"tls": {PEER: Peer(request.peer, is_tls=True)}}
+    # As a server of ours says who is there.
+    scope[LINE] = Line(Peer(request.peer, is_tls=request.is_tls), request.source, 8443)
     return scope
 
 

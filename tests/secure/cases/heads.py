@@ -14,7 +14,7 @@ from typing import Any
 
 import meshlib
 from meshlib.errors import ConfigError
-from tests.secure.cases import ground, tokens
+from tests.secure.cases import ground, over_sockets, tokens
 from tests.secure.cases.case import Answer, Case, not_understood
 from tests.secure.cases.ground import ANYONE, CALLER, PROXY, Request
 from tests.support import Request as Received
@@ -154,7 +154,10 @@ _PROXY_KEYS = {"trusted_proxies", "xff_trusted_hops", "trusted_cidrs"}
 
 
 def header_spoof(case: Case) -> Answer:
-    """Headers that say who the caller is, where it comes from, or what another proxy found out."""
+    """Headers that say who the caller is, where it comes from, or what another proxy found out.
+
+    In process, and over raw sockets at every server that the case may mean.
+    """
     given, policy = case.given, case.policy
     known = {*_PROXY_KEYS, "xfcc", "deny_cidrs", "allow_cidrs", "require_tls"}
     if not policy.keys() <= known:
@@ -167,17 +170,25 @@ def header_spoof(case: Case) -> Answer:
         raise not_understood(case)
     connection = [value for name, value in headers if name.lower() == "connection"]
     if connection:
-        return asyncio.run(_hop_by_hop(headers, connection[0]))
+        return _hop_by_hop(headers, connection[0])
     own = _by_address(policy)
     is_plain = _is_plain(given)
     mode = "enforce" if not is_plain or policy.get("require_tls") else "permissive"
     xfcc = {"xfcc": policy["xfcc"].lower()} if "xfcc" in policy else {}
-    mesh = ground.mesh_of(ground.document({"mode": mode, **_proxies(policy), **xfcc}, own))
+    content = ground.document({"mode": mode, **_proxies(policy), **xfcc}, own)
+    mesh, server = ground.mesh_of(content), str(given.get("server", ""))
     request = _request(given, headers=headers)
-    seen = ground.ask_wsgi(mesh, request) if "wsgi" in str(given.get("server", "")) else ground.ask(mesh, request)
+    sides = [ground.ask_wsgi(mesh, request) if "wsgi" in server else ground.ask(mesh, request)]
+    sides += over_sockets.ask_all(content, request, server).values()
+    sides += over_sockets.ask_ours(content, request, server).values()
+    return [_heard(seen, headers) for seen in sides]
+
+
+def _heard(seen: ground.Seen, headers: list[tuple[str, str]]) -> set[str]:
     found = ground.verdict(seen)
     if not seen.reached:
-        return found
+        # Our own door tells a plain caller so, before anything is taken for a request.
+        return found | ({"deny"} if b"mutual TLS" in seen.body else set())
     if any(name.lower() in ("x-forwarded-for", "x-real-ip", "forwarded") for name, _ in headers):
         found.add(f"client_ip:{seen.client}")
     return found - {"accept"} | _what_became(seen, headers)
@@ -203,23 +214,29 @@ def _what_became(seen: ground.Seen, headers: list[tuple[str, str]]) -> set[str]:
     return found - {"strip"} if found & {"accept", "append", "set"} else found
 
 
-async def _hop_by_hop(headers: list[tuple[str, str]], connection: str) -> set[str]:
+def _hop_by_hop(headers: list[tuple[str, str]], connection: str) -> list[set[str]]:
     """A Connection field that names what we set: on the way in the header that we write, on the way out what we send."""
     named = [name.strip().lower() for name in connection.split(",")]
     ours = [name for name in named if name.startswith("x-mesh-") or name == "x-forwarded-client-cert"]
-    inward = ground.mesh_of(ground.document({"xfcc": "sanitize_set"}, OPEN))
+    content = ground.document({"xfcc": "sanitize_set"}, OPEN)
     fields = [(name, value) for name, value in headers if name.lower() != "connection"]
     names = ", ".join(["close", "x-forwarded-client-cert", "x-mesh-deadline-ms", *named])
-    late = await ground.ask_async(inward, Request(headers=[("connection", names), ("x-mesh-deadline-ms", "0")]))
-    seen = await ground.ask_async(inward, Request(headers=[*fields, ("connection", names)]))
-    survives_inside = seen.reached and seen.values("x-forwarded-client-cert") != [] and late.status == 504
-    survives_outside = True
+    late = Request(headers=[("connection", names), ("x-mesh-deadline-ms", "0")])
+    usual = Request(headers=[*fields, ("connection", names)])
+    mesh = ground.mesh_of(content)
+    answers = [(ground.ask(mesh, usual), ground.ask(mesh, late))]
+    for ask in (over_sockets.ask_all, over_sockets.ask_ours):
+        answers += zip(ask(content, usual).values(), ask(content, late).values(), strict=True)
+    inside = [seen.reached and seen.values("x-forwarded-client-cert") != [] and gone.status == 504 for seen, gone in answers]
     if ours:
-        async with _echoing() as (server, mesh), mesh.client() as http:
-            await http.get("http://other/", headers={"connection": names})
-            sent = server.requests[-1].headers
-            survives_outside = "x-mesh-deadline-ms" in sent
-    return {"mesh_header_survives"} if survives_inside and survives_outside else {"mesh_header_lost"}
+        inside.append(asyncio.run(_survives_outside(names)))
+    return [{"mesh_header_survives"} if survives else {"mesh_header_lost"} for survives in inside]
+
+
+async def _survives_outside(names: str) -> bool:
+    async with _echoing() as (server, mesh), mesh.client() as http:
+        await http.get("http://other/", headers={"connection": names})
+        return "x-mesh-deadline-ms" in server.requests[-1].headers
 
 
 @contextlib.asynccontextmanager
@@ -255,13 +272,16 @@ async def _trailers(trailers: list[tuple[str, str]], server: str) -> set[str]:
     lines = "".join(f"{name}: {value}\r\n" for name, value in trailers)
     head = "POST /x HTTP/1.1\r\nhost: svc.local\r\ntransfer-encoding: chunked\r\n\r\n"
     found: set[str] = set()
-    for kind in servers.kinds_of(server):
+    # Behind the back of a handler that reads the body, and so early that a parser has them before anybody is called.
+    for kind, pause in [(kind, pause) for kind in servers.kinds_of(server) for pause in (0.05, None)]:
         seen.clear()
         async with servers.running(kind, mesh, application) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(f"{head}1\r\nA\r\n".encode())
-            await asyncio.sleep(0.05)
-            writer.write(f"0\r\n{lines}\r\n".encode())
+            begin, end = f"{head}1\r\nA\r\n".encode(), f"0\r\n{lines}\r\n".encode()
+            writer.write(begin + end if pause is None else begin)
+            if pause is not None:
+                await asyncio.sleep(pause)
+                writer.write(end)
             answer = await asyncio.wait_for(reader.read(200), 5)
             writer.close()
         names = {name.lower().replace("_", "-") for name, _ in seen.get("headers", [])}

@@ -1,24 +1,31 @@
-"""How is one kind of server started for the cases on paths? `python -m tests.secure.cases.path_host KIND PORT`.
+"""How is one kind of server started for the cases? `python -m tests.secure.cases.path_host KIND PORT`.
 
-The application has real routes, in Starlette or in Flask, and says which handler ran and which path it saw. Before it stands the mesh's
-middleware, once for each policy; which of them counts is a number in a file that the tests share with this process, so that nothing of a
-request has to say it. Number 0 is no middleware at all. The identity of the caller is put where our own servers put it.
+The application has real routes, in Starlette or in Flask, and says which handler ran, and which path, headers and caller it saw. Before it
+stands the mesh's middleware, once for each policy; which of them counts is a number in a file that the tests share with this process, so
+that nothing of a request has to say it. Number 0 is no middleware at all. Who calls, and from where, is put where our own servers put it,
+since these servers tell nobody whose certificate they saw; so is what else the policy's companion asks for (`<number>.json`): something
+between the mesh and the application that changes paths.
 """
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import meshlib
 from meshlib._native import core
 from meshlib.call import Peer
 from meshlib.config import load
 from meshlib.server.asgi import MeshASGI
 from meshlib.server.door import PEER
+from meshlib.server.line import LINE, Line
 from meshlib.server.way import InboundWay
 from meshlib.server.wsgi import MeshWSGI
 
@@ -26,24 +33,54 @@ FOLDER = "PATH_HOST_FOLDER"
 ASGI = ("uvicorn-h11", "uvicorn-httptools", "hypercorn", "granian")
 WSGI = ("gunicorn", "waitress", "granian-wsgi")
 KINDS = (*ASGI, *WSGI)
-CALLER = Peer("spiffe://td/caller", is_tls=True)
+CALLER = "spiffe://td/caller"
 ROUTES = ("/admin", "/admin/x", "/admin/", "/public", "/productpage", "/users/@me", "/caf\u00e9", "/administrator", "/")
+# The policy under which the application is told of its start; it need not be there.
+AT_START = "start"
+METHODS = ["GET", "POST", "OPTIONS"]
+
+# Whether the application was told of its start.
+_is_started = False
+
+
+def _told(path: str, raw: str, headers: list[tuple[str, str]], source: str) -> dict[str, Any]:
+    """What a handler says of the call that it serves."""
+    peer = meshlib.peer()
+    return {
+        "path": path,
+        "raw_path": raw,
+        "headers": headers,
+        "peer": peer.spiffe_id if peer else None,
+        "client": (meshlib.current_call() or {}).get("client") or source,
+        "is_started": _is_started,
+    }
 
 
 def _starlette() -> Any:
+    from contextlib import asynccontextmanager
+
     from starlette.applications import Starlette
-    from starlette.responses import PlainTextResponse
+    from starlette.responses import JSONResponse
     from starlette.routing import Route
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> Any:
+        global _is_started
+        _is_started = True
+        yield
 
     def handler(name: str) -> Any:
         async def handle(request: Any) -> Any:
-            seen = f"{name} {request.scope['path']!a}"
-            return PlainTextResponse("reached", headers={"x-reached": seen})
+            scope = request.scope
+            headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"]]
+            source = (scope.get("client") or ("",))[0]
+            told = _told(scope["path"], (scope.get("raw_path") or b"").decode("latin-1"), headers, source)
+            return JSONResponse(told, headers={"x-reached": f"{name} {scope['path']!a}"})
 
         return handle
 
-    listed = [Route(path, handler(path.encode().decode("latin-1"))) for path in ROUTES]
-    return Starlette(routes=[*listed, Route("/{rest:path}", handler("*"), methods=["GET", "OPTIONS"])])
+    listed = [Route(path, handler(path.encode().decode("latin-1")), methods=METHODS) for path in ROUTES]
+    return Starlette(routes=[*listed, Route("/{rest:path}", handler("*"), methods=METHODS)], lifespan=lifespan)
 
 
 def _flask() -> Any:
@@ -53,64 +90,139 @@ def _flask() -> Any:
 
     def handler(name: str) -> Any:
         def handle(**parts: str) -> Any:
-            seen = request.environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace")
-            return Response("reached", headers={"x-reached": f"{name} {seen!a}"})
+            environ = request.environ
+            seen = environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace")
+            raw = str(environ.get("RAW_URI", "")).partition("?")[0]
+            headers = [(key[5:].lower(), value) for key, value in environ.items() if key.startswith("HTTP_")]
+            told = _told(seen, raw, headers, environ.get("REMOTE_ADDR", ""))
+            return Response(json.dumps(told), headers={"x-reached": f"{name} {seen!a}"})
 
         handle.__name__ = f"handle{len(app.view_functions)}"
         return handle
 
     for path in ROUTES:
-        app.add_url_rule(path, view_func=handler(path.encode().decode("latin-1")))
-    app.add_url_rule("/<path:rest>", view_func=handler("*"))
+        app.add_url_rule(path, view_func=handler(path.encode().decode("latin-1")), methods=METHODS)
+    app.add_url_rule("/<path:rest>", view_func=handler("*"), methods=METHODS)
     return app
 
 
+def rewriter(given: dict[str, Any]) -> Callable[[str], str] | None:
+    """What stands between the mesh and the application, and changes paths; None if nothing does."""
+    prefix = given.get("strip_prefix", given.get("mount"))
+    if isinstance(prefix, str):
+        return lambda path: path.removeprefix(prefix) or "/"
+    rewrite = given.get("rewrite", given.get("replace"))
+    if isinstance(rewrite, str) and "->" in rewrite:
+        pattern, _, to = (part.strip() for part in rewrite.partition("->"))
+        template = re.sub(r"\$(\d)", r"\\\1", to)
+        return lambda path: re.sub(f"^{pattern}$", template, path)
+    if isinstance(given.get("add_prefix"), str):
+        return lambda path: given["add_prefix"] + path
+    return None
+
+
 class Chosen:
-    """The application behind the policy that counts now."""
+    """The application behind one policy, called by one peer."""
+
+    def __init__(self, folder: Path, number: str, *, is_asgi: bool) -> None:
+        self.application = _starlette() if is_asgi else _flask()
+        self.peer = Peer(CALLER, is_tls=True)
+        self.source = ""
+        file = folder / f"{number}.yaml"
+        if not file.exists():
+            return
+        # A mesh's way in, without what it needs for its way out.
+        gate = core.Gate()
+        gate.publish(load(file, service="svc").server_plan(), 0.0)
+        way = InboundWay(gate)
+        beside = folder / f"{number}.json"
+        said = json.loads(beside.read_text()) if beside.exists() else {}
+        if said:
+            self.peer, self.source = Peer(said["peer"], is_tls=said["is_tls"]), said["source"]
+        rewrite = rewriter(said)
+        if is_asgi:
+            if rewrite is not None:
+                self.application = _rewriting_asgi(MeshASGI(self.application, way), rewrite)
+            self.application = MeshASGI(self.application, way)
+        else:
+            if rewrite is not None:
+                self.application = _rewriting_wsgi(MeshWSGI(self.application, way), rewrite)
+            self.application = MeshWSGI(self.application, way)
+
+
+def _rewriting_asgi(inner: Any, rewrite: Callable[[str], str]) -> Any:
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        path = rewrite(scope["path"])
+        await inner({**scope, "path": path, "raw_path": quote(path).encode()}, receive, send)
+
+    return outer
+
+
+def _rewriting_wsgi(inner: Any, rewrite: Callable[[str], str]) -> Any:
+    def outer(environ: dict[str, Any], start_response: Any) -> Any:
+        path = rewrite(environ["PATH_INFO"])
+        raw = {"RAW_URI": quote(path)} if "RAW_URI" in environ else {}
+        return inner({**environ, "PATH_INFO": path, **raw}, start_response)
+
+    return outer
+
+
+class Choice:
+    """What was made for each policy, and which of them counts now."""
 
     def __init__(self, *, is_asgi: bool) -> None:
-        folder = Path(os.environ[FOLDER])
-        with (folder / "policy").open("rb") as file:
+        self._folder = Path(os.environ[FOLDER])
+        self._is_asgi = is_asgi
+        self._made: dict[str, Chosen] = {}
+        with (self._folder / "policy").open("rb") as file:
             self._number = mmap.mmap(file.fileno(), 4, access=mmap.ACCESS_READ)
-        application = _starlette() if is_asgi else _flask()
-        self._all: list[Any] = [application]
-        for number in range(1, len(list(folder.glob("*.yaml"))) + 1):
-            # A mesh's way in, without what it needs for its way out.
-            gate = core.Gate()
-            gate.publish(load(folder / f"{number}.yaml", service="svc").server_plan(), 0.0)
-            way = InboundWay(gate)
-            self._all.append(MeshASGI(application, way) if is_asgi else MeshWSGI(application, way))
+
+    def of(self, number: str) -> Chosen:
+        chosen = self._made.get(number)
+        if chosen is None:
+            chosen = self._made[number] = Chosen(self._folder, number, is_asgi=self._is_asgi)
+        return chosen
 
     @property
-    def now(self) -> Any:
-        return self._all[int.from_bytes(self._number[:4], "little")]
+    def now(self) -> Chosen:
+        return self.of(str(int.from_bytes(self._number[:4], "little")))
 
 
-_chosen: Chosen | None = None
+_choice: Choice | None = None
 
 
-def _app(*, is_asgi: bool) -> Any:
-    global _chosen
-    _chosen = _chosen or Chosen(is_asgi=is_asgi)
-    return _chosen.now
+def _choose(*, is_asgi: bool) -> Choice:
+    global _choice
+    _choice = _choice or Choice(is_asgi=is_asgi)
+    return _choice
 
 
 async def asgi(scope: Any, receive: Any, send: Any) -> None:
-    if scope["type"] == "http":
-        scope["extensions"] = {**(scope.get("extensions") or {}), "tls": {PEER: CALLER}}
-    await _app(is_asgi=True)(scope, receive, send)
+    choice = _choose(is_asgi=True)
+    if scope["type"] == "lifespan":
+        await choice.of(AT_START).application(scope, receive, send)
+        return
+    chosen = choice.now
+    if chosen.source:
+        scope["client"] = (chosen.source, 40000)
+    scope[LINE] = Line(chosen.peer, (scope.get("client") or ("",))[0], 8443)
+    await chosen.application(scope, receive, send)
 
 
 def wsgi(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    environ[PEER] = CALLER
-    return _app(is_asgi=False)(environ, start_response)  # type: ignore[no-any-return]
+    chosen = _choose(is_asgi=False).now
+    environ[PEER] = chosen.peer
+    environ["wsgi.url_scheme"] = "https" if chosen.peer.is_tls else "http"
+    if chosen.source:
+        environ["REMOTE_ADDR"] = chosen.source
+    return chosen.application(environ, start_response)  # type: ignore[no-any-return]
 
 
 def main(kind: str, port: int) -> None:
     if kind.startswith("uvicorn"):
         import uvicorn
 
-        uvicorn.run(asgi, port=port, http=kind.partition("-")[2], lifespan="off", log_level="error")
+        uvicorn.run(asgi, port=port, http=kind.partition("-")[2], log_level="error", proxy_headers=False)
     elif kind == "hypercorn":
         import asyncio
 
@@ -124,7 +236,7 @@ def main(kind: str, port: int) -> None:
         from granian import Granian
         from granian.constants import Interfaces
 
-        interface, name = (Interfaces.WSGI, "wsgi") if kind.endswith("wsgi") else (Interfaces.ASGINL, "asgi")
+        interface, name = (Interfaces.WSGI, "wsgi") if kind.endswith("wsgi") else (Interfaces.ASGI, "asgi")
         Granian(
             f"tests.secure.cases.path_host:{name}", address="127.0.0.1", port=port, interface=interface, log_enabled=False
         ).serve()

@@ -13,9 +13,10 @@ from urllib.parse import quote, unquote
 
 from meshlib._native import core
 from meshlib.errors import MeshError
-from tests.secure.cases import ground, grpc_ground
+from tests.secure.cases import ground, grpc_ground, over_sockets
 from tests.secure.cases.case import Answer, Case, not_understood
 from tests.secure.cases.ground import ANYONE, Request
+from tests.secure.cases.path_host import ASGI, rewriter
 
 Rule = dict[str, Any]
 
@@ -137,50 +138,54 @@ def _normalised(target: str, profile: str, action: str, *, is_grpc: bool) -> str
 
 
 def app_view(case: Case) -> Answer:
-    """What the application sees; behind a rewriter in between, behind a proxy, and for scopes that are no requests."""
+    """What the application sees; behind a rewriter in between, behind a proxy, and for scopes that are no requests.
+
+    In process, and over raw sockets at every server that the case may mean.
+    """
     given = case.given
     if "scope_type" in given:
         return _scope(case)
     target = given.get("target", given.get("path"))
     if not isinstance(target, str):
         raise not_understood(case)
-    mesh = ground.mesh_of(ground.document(own=own_of(case)))
+    content = ground.document(own=own_of(case))
+    mesh = ground.mesh_of(content)
     request = Request(target, method=given.get("method", "GET"))
     server = str(given.get("server", ""))
-    rewrite = _rewriter(given)
+    rewrite = rewriter(given)
     if rewrite is not None:
-        return ground.verdict(_between(mesh, request, rewrite))
-    is_wsgi = any(word in server for word in ("wsgi", "gunicorn", "waitress"))
+        sides = [ground.verdict(_between(mesh, request, rewrite))]
+        return sides + [ground.verdict(seen) for seen in over_sockets.ask_all(content, request, server, **given).values()]
+    is_hop = "proxy" in server or "agent" in server
+    sides = [_viewed(_in_process(mesh, request, server), is_hop=is_hop)]
+    everywhere = [
+        *over_sockets.ask_all(content, request, server).items(),
+        *over_sockets.ask_ours(content, request, server).items(),
+    ]
+    # Without a raw path there is nothing that a hop could hand on.
+    return sides + [
+        _viewed(seen, is_hop=is_hop) for kind, seen in everywhere if not (is_hop and seen.reached and not seen.raw_path)
+    ]
+
+
+def _in_process(mesh: Any, request: Request, server: str) -> ground.Seen:
     if "waitress" in server:
         # It tells no raw path, cuts off fragments and takes leading slashes together.
-        request = Request("/" + target.split("#")[0].lstrip("/"), method=request.method)
-        seen = ground.ask_wsgi(mesh, request, has_raw=False)
-    else:
-        seen = ground.ask_wsgi(mesh, request) if is_wsgi else ground.ask(mesh, request)
+        request = Request("/" + request.target.split("#")[0].lstrip("/"), method=request.method)
+        return ground.ask_wsgi(mesh, request, has_raw=False)
+    is_wsgi = any(word in server for word in ("wsgi", "gunicorn"))
+    return ground.ask_wsgi(mesh, request) if is_wsgi else ground.ask(mesh, request)
+
+
+def _viewed(seen: ground.Seen, *, is_hop: bool) -> set[str]:
     if not seen.reached or seen.path is None:
         return ground.verdict(seen)
     if seen.raw_path and unquote(seen.raw_path) != seen.path:
-        return f"app_sees:{seen.path} and {seen.raw_path}"
-    found = {f"app_sees:{seen.path}", *ground.verdict(seen)}
-    if "proxy" in server or "agent" in server:
+        return {f"app_sees:{seen.path} and {seen.raw_path}"}
+    if is_hop:
         # What a hop that hands the call on puts on the wire: the canonical form, escaped again.
-        found = {f"upstream_target:{seen.raw_path}"}
-    return found
-
-
-def _rewriter(given: dict[str, Any]) -> Any:
-    """What stands between the mesh and the application, and changes paths."""
-    prefix = given.get("strip_prefix", given.get("mount"))
-    if isinstance(prefix, str):
-        return lambda path: path.removeprefix(prefix) or "/"
-    rewrite = given.get("rewrite", given.get("replace"))
-    if isinstance(rewrite, str) and "->" in rewrite:
-        pattern, _, to = (part.strip() for part in rewrite.partition("->"))
-        template = re.sub(r"\$(\d)", r"\\\1", to)
-        return lambda path: re.sub(f"^{pattern}$", template, path)
-    if isinstance(given.get("add_prefix"), str):
-        return lambda path: given["add_prefix"] + path
-    return None
+        return {f"upstream_target:{seen.raw_path}"}
+    return {f"app_sees:{seen.path}", *ground.verdict(seen)}
 
 
 def _between(mesh: Any, request: Request, rewrite: Any) -> ground.Seen:
@@ -233,7 +238,12 @@ def _scope(case: Case) -> Answer:
         asyncio.run(mesh.asgi(application)({"type": kind}, nothing, nothing))
     except MeshError:
         return {"refuse", "reject", "deny"}
-    return "passthrough" if reached == [kind] else {"refuse", "deny"}
+    sides = [{"passthrough"} if reached == [kind] else {"refuse", "deny"}]
+    if kind == "lifespan":
+        # Under a policy that denies everything, each server has told its application of the start.
+        asked = over_sockets.ask_all(ground.document(own={"allow": [ANYONE]}), Request())
+        sides += [{"passthrough"} if (asked[each].scope or {}).get("is_started") else {"refuse", "deny"} for each in ASGI]
+    return sides
 
 
 # ------------------------------------------------------------------------------------------------ grpc_path

@@ -10,6 +10,7 @@ from typing import Any
 
 import meshlib
 from meshlib.server.door import door_of
+from meshlib.server.drain import drain_of
 from meshlib.server.serve import uvicorn_server, wrapped
 
 KINDS = ("uvicorn-httptools", "uvicorn-h11", "hypercorn")
@@ -47,6 +48,8 @@ def _uvicorn(kind: str, sock: socket.socket, mesh: meshlib.Mesh, application: An
     from meshlib.server.uvicorn import MeshHTTP
 
     door = door_of(mesh)
+    # The server before it, for the same mesh, has ended.
+    drain_of(mesh).renew()
     http = MeshHTTP.behind(door, H11Protocol if kind.endswith("h11") else HttpToolsProtocol)
     server = uvicorn_server(
         wrapped(mesh, application, is_asgi=True), door, http=http, loop="asyncio", lifespan="off", log_level="error"
