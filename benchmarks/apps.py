@@ -1,13 +1,15 @@
 """What do the servers serve in `server.py`? One route, 54 bytes of JSON: Starlette and Flask, bare and with OpenTelemetry.
 
-With OpenTelemetry every call makes a span, and the spans go through the SDK's batching processor to an exporter that drops them: that
-is what the application's process pays, without a collector on the same machine.
+With OpenTelemetry the SDK is set up as an application does it, and alike for the mesh and for OpenTelemetry's own middleware: its
+batching processor with its own limits, its OTLP exporter over HTTP. Where to, and which share of the traces, is said by the
+variables that OpenTelemetry has for it. The spans that wait when the server ends are sent then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from .peers import ANSWER
@@ -15,7 +17,7 @@ from .peers import ANSWER
 ITEM = json.loads(ANSWER)
 
 
-def asgi() -> Any:
+def asgi(at_end: Callable[[], object] | None = None) -> Any:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse
@@ -24,7 +26,13 @@ def asgi() -> Any:
     async def item(request: Request) -> JSONResponse:
         return JSONResponse({**ITEM, "id": int(request.path_params["id"])})
 
-    return Starlette(routes=[Route("/items/{id}", item)])
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        if at_end is not None:
+            at_end()
+
+    return Starlette(routes=[Route("/items/{id}", item)], lifespan=lifespan)
 
 
 def wsgi() -> Any:
@@ -41,39 +49,43 @@ def wsgi() -> Any:
 
 def asgi_traced() -> Any:
     """For the mesh: the SDK is configured, and the mesh makes its spans with it."""
-    _configure_tracing()
-    return asgi()
+    # uvicorn ends by the signal that it got, and then nobody asks what was to be done at the end.
+    return asgi(_trace())
 
 
 def wsgi_traced() -> Any:
-    _configure_tracing()
+    _trace()
     return wsgi()
 
 
 def asgi_otel() -> Any:
-    """OpenTelemetry's own middleware."""
+    """OpenTelemetry's own middleware as it comes: a span for the call, and one for each message that is sent for it."""
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
-    _configure_tracing()
-    return OpenTelemetryMiddleware(asgi())
+    return OpenTelemetryMiddleware(asgi(_trace()))
+
+
+def asgi_otel_lean() -> Any:
+    """The same with a span for the call alone, as the mesh makes it."""
+    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+
+    return OpenTelemetryMiddleware(asgi(_trace()), exclude_spans=["receive", "send"])
 
 
 def wsgi_otel() -> Any:
     from opentelemetry.instrumentation.wsgi import OpenTelemetryMiddleware
 
-    _configure_tracing()
+    _trace()
     return OpenTelemetryMiddleware(wsgi())
 
 
-def _configure_tracing() -> None:
+def _trace() -> Callable[[], object]:
     from opentelemetry import trace
-    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-
-    class Dropping(SpanExporter):
-        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-            return SpanExportResult.SUCCESS
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     provider = TracerProvider()
-    provider.add_span_processor(BatchSpanProcessor(Dropping()))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
+    return provider.shutdown

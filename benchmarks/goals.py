@@ -105,6 +105,10 @@ def _small(case: str, most: float | None) -> list[Goal]:
     return [Goal(case, "meshlib-rust", "", "bytes", AT_MOST, most, script="memory", is_ratio=False)]
 
 
+def _served(case: str, mode: str, peer: str, metric: str, relation: str, wanted: float | None) -> Goal:
+    return Goal(case, mode, peer, metric, relation, wanted, script="server", is_ratio=bool(peer))
+
+
 GOALS: Final[tuple[Goal, ...]] = (
     *_faster("get/mtls", "meshlib", "httpx", {"c=1": 6.0, "c=64": 50.0}, "get/plain"),
     *_faster("get/mtls", "meshlib", "httpx-envoy-pair", {"c=1": 6.0, "c=64": 40.0}),
@@ -136,6 +140,20 @@ GOALS: Final[tuple[Goal, ...]] = (
     Goal("call/async", "meshlib", "", "ns", AT_MOST, 1500.0, script="guard", is_ratio=False),
     Goal("call/sync", "meshlib-sync", "", "ns", AT_MOST, 1500.0, script="guard", is_ratio=False),
     Goal("call/async-waits", "meshlib", "", "ns", AT_MOST, None, script="guard", is_ratio=False),
+    _served("uvicorn/plain/c=32", "meshlib", "bare", "rps", AT_LEAST, 0.8),
+    _served("uvicorn/plain/c=32", "meshlib", "otel", "rps", AT_LEAST, 4.0),
+    _served("uvicorn/plain/c=32", "meshlib", "otel-lean", "rps", AT_LEAST, None),
+    _served("uvicorn/plain/c=32", "meshlib-no-sdk", "bare", "rps", AT_LEAST, None),
+    _served("uvicorn-otlp/plain/c=32", "meshlib", "bare", "rps", AT_LEAST, 0.35),
+    # Spans that are thrown away would make it quick.
+    _served("uvicorn-otlp/plain/c=32", "meshlib", "", "dropped", AT_MOST, 1.0),
+    _served("uvicorn-otlp/plain/c=32", "meshlib", "otel", "rps", AT_LEAST, None),
+    _served("gunicorn-sync/plain/c=32", "meshlib", "bare", "rps", AT_LEAST, 0.9),
+    _served("gunicorn/plain/c=32", "meshlib", "bare", "rps", AT_LEAST, None),
+    _served("connect-full/mtls/c=1", "meshlib", "ssl", "cpu_us", AT_MOST, 1 / 2),
+    _served("connect-resumed/mtls/c=1", "meshlib", "ssl", "cpu_us", AT_MOST, 1 / 2.5),
+    _served("kept/mtls/c=32", "meshlib", "ssl", "rps", AT_LEAST, 1.0),
+    _served("kept/mtls/c=32", "meshlib-no-sdk", "ssl", "rps", AT_LEAST, None),
 )
 
 

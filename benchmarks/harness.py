@@ -42,6 +42,10 @@ UNITS: Final = {
     "ratio": "1",
     "growth": "1",
     "most_us": "us",
+    # Of servers: what stands beside them.
+    **dict.fromkeys(("client_us", "receiver_us"), "us"),
+    "spans": "1",
+    "dropped": "%",
     "rss_bytes": "B",
     # Of the simulator, where times are virtual.
     "p999_us": "us",

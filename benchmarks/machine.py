@@ -61,14 +61,15 @@ def on_one_core() -> Iterator[None]:
         yield
         return
     # The first one has most of the machine's interrupts.
-    _pin_family(os.getpid(), {all_of_them[-1]})
+    pin(os.getpid(), {all_of_them[-1]})
     try:
         yield
     finally:
-        _pin_family(os.getpid(), set(all_of_them))
+        pin(os.getpid(), set(all_of_them))
 
 
-def _pin_family(pid: int, to: set[int]) -> None:
+def pin(pid: int, to: set[int]) -> None:
+    """A process and all that it has started, with all their threads."""
     parents: dict[int, int] = {}
     for entry in PROC.iterdir() if PROC.exists() else ():
         if entry.name.isdigit():

@@ -20,7 +20,10 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from .receiver import Receiver
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 TRUST_DOMAIN: Final = "shop.internal"
@@ -119,7 +122,7 @@ class Peers:
             authority.write(service, self.folder / "identities")
         return str(self.folder / "identities")
 
-    def mesh(self, addresses: list[str], *, is_private: bool, **service: Any) -> str:
+    def mesh(self, addresses: list[str], *, is_private: bool, sample: float = 1.0, **service: Any) -> str:
         """A mesh.yaml with the services `me` and `orders`, which is at these addresses. `is_private` is mutual TLS."""
         secure: dict[str, Any] = {"mode": "observe", "trust_domain": TRUST_DOMAIN}
         if is_private:
@@ -138,7 +141,7 @@ class Peers:
         content = {
             "mesh": "shop",
             "secure": secure,
-            "observe": {"metrics": "127.0.0.1:0"},
+            "observe": {"metrics": "127.0.0.1:0", "sample": sample},
             "services": {"me": {}, "orders": orders},
         }
         file.write_text(json.dumps(content))  # JSON is YAML
@@ -155,6 +158,14 @@ class Peers:
     @cached_property
     def roomy_mesh(self) -> str:
         return self.mesh(self.roomy, is_private=True)
+
+    # --- a collector of spans
+
+    @cached_property
+    def receiver(self) -> Receiver:
+        from .receiver import Receiver
+
+        return Receiver(self.folder, self._stack)
 
     # --- nginx
 

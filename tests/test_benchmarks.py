@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import client, decide, guard, handshake, memory, native, swap
+from benchmarks import client, decide, guard, handshake, memory, native, receiver, server, swap
 from benchmarks.goals import GOALS, Goal, judged
 from benchmarks.harness import Comparison, Results, Run, in_process, in_processes, write_json
 from benchmarks.peers import ROOT, Absent, Broken, Peers
@@ -185,11 +185,46 @@ def test_guard_measures_the_mesh_and_its_peers(tmp_path: Path, case: str) -> Non
     assert {(row["mode"], row["unit"]) for row in rows} == {(mode, "ns") for mode in guard.MODES[case]}
 
 
-@pytest.mark.parametrize("server", ["uvicorn", "gunicorn"])
-def test_server_measures_the_mesh_before_an_application(tmp_path: Path, server: str) -> None:
-    """wrk counts seconds: this takes some."""
-    rows = measure(tmp_path, "server", "--case", f"{server}/plain/c=32", "--mode", "meshlib")
-    check(rows, {(f"{server}/plain/c=32", "meshlib"): {"rps", "cpu_us", "p50_us", "p99_us"}})
+@pytest.mark.parametrize("what", list(server.MODES))
+def test_server_measures_the_mesh_before_an_application(tmp_path: Path, what: str) -> None:
+    """wrk counts seconds: this takes some. What the spans cost is left to the test below."""
+    mode = "bare" if what == "uvicorn-otlp" else "meshlib-no-sdk"
+    rows = measure(tmp_path, "server", "--case", f"{what}/plain/c=32", "--mode", mode)
+    check(rows, {(f"{what}/plain/c=32", mode): {"rps", "cpu_us", "p50_us", "p99_us"}})
+
+
+@pytest.mark.parametrize("mode", ["meshlib", "otel", "otel-lean"])
+def test_server_counts_the_spans_that_have_arrived(tmp_path: Path, mode: str) -> None:
+    """One for each call from the mesh, three from OpenTelemetry's middleware as it comes; wrk leaves some tens of calls half-way."""
+    rows = measure(tmp_path, "server", "--case", "uvicorn-otlp/plain/c=32", "--mode", mode)
+    found = {row["metric"]: row["value"] for row in rows}
+    assert set(found) == {"rps", "cpu_us", "p50_us", "p99_us", "receiver_us", "spans", "dropped"}
+    assert found["spans"] == pytest.approx(3.0 if mode == "otel" else 1.0, rel=0.2)
+
+
+@pytest.mark.parametrize("mode", ["meshlib", "ssl"])
+def test_server_measures_connections_of_both_kinds(tmp_path: Path, mode: str) -> None:
+    """A run ends with an error if a handshake is not of the kind that is measured."""
+    rows = measure(tmp_path, "server", "--case", "connect-*", "--mode", mode)
+    assert {(row["case"], row["metric"]) for row in rows} == {
+        (f"connect-{kind}/mtls/c=1", metric) for kind in ("full", "resumed") for metric in ("cpu_us", "client_us", "p50_us")
+    }
+    assert all(row["value"] > 0 for row in rows if row["metric"] == "p50_us")
+
+
+@pytest.mark.parametrize("mode", ["meshlib-no-sdk", "ssl"])
+def test_server_measures_connections_that_are_kept(tmp_path: Path, mode: str) -> None:
+    """By the mesh's own client, also where the other side is not the mesh."""
+    rows = measure(tmp_path, "server", "--case", "kept/*", "--mode", mode)
+    check(rows, {("kept/mtls/c=32", mode): {"rps", "cpu_us", "client_us", "p50_us", "p99_us"}})
+
+
+def test_spans_are_not_taken_for_sent_where_there_is_no_receiver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The modes that make spans are absent then."""
+    monkeypatch.setattr(receiver, "find_spec", lambda name: None)
+    monkeypatch.setattr(receiver, "ROOT", tmp_path)
+    with contextlib.ExitStack() as stack, pytest.raises(Absent, match=r"no OTLP receiver: rotel is not installed"):
+        _ = Peers(tmp_path, stack).receiver
 
 
 def children(pid: int) -> set[int]:
@@ -377,12 +412,13 @@ def test_both_sides_of_every_goal_are_measured(tmp_path: Path) -> None:
             "memory": memory.runs(peers),
             "guard": guard.runs(peers),
             "decide": decide.runs(peers),
+            "server": server.runs(peers),
         }
     keys = {(script, run.case, run.mode) for script, runs in made.items() for run in runs}
     wanted = {(each.script, *side) for each in GOALS for side in (each.ours, each.theirs)}
     assert wanted - keys == set()
     # What isn't about the outbound path is judged where its own script is run.
-    assert {each.script for each in GOALS} <= {"client", *client.WITH, "guard", "decide"}
+    assert {each.script for each in GOALS} <= {"client", *client.WITH, "guard", "decide", "server"}
 
 
 # --- processes
