@@ -109,10 +109,11 @@ def test_every_source_of_certificates_passes_vet(line: str, tmp_path: Path, caps
 
 
 def test_a_source_of_ones_own_conforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source and its test, as they stand there."""
+    """The source and its test, to which the README leads."""
+    assert "(examples/source)" in README
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("vault", "test_vault"):
-        (tmp_path / f"{name}.py").write_text(block(f"{name}.py"))
+        (tmp_path / f"{name}.py").write_text((ROOT / f"examples/source/{name}.py").read_text())
         monkeypatch.delitem(sys.modules, name, raising=False)
     importlib.import_module("test_vault").test_the_vault_conforms()
     for name in ("vault", "test_vault"):
