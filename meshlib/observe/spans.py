@@ -22,7 +22,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from . import names
-from .trace import TRACEPARENT, TRACESTATE, Headers, Sampler, Trace, here, traceparent
+from .trace import TRACEPARENT, TRACESTATE, Headers, Sampler, Trace, current_trace, here, traceparent
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -136,18 +136,16 @@ class QuietSpan:
     through, the SDK's sampler may still leave out.
     """
 
-    __slots__ = ("_context", "_token", "_trace", "status")
+    __slots__ = ("_token", "_trace", "status")
 
     def __init__(self, parent: Trace) -> None:
         self.status = 0
         self._trace = parent
-        self._context: Any = None
         self._token: Any = None
 
     def __enter__(self) -> QuietSpan:
         self._trace.__enter__()
-        self._context = _trace.set_span_in_context(_unrecorded(self._trace))
-        self._token = _context.attach(self._context)
+        self._token = quieten()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -155,15 +153,14 @@ class QuietSpan:
 
     def let_go(self) -> None:
         """It ends when nobody knows what runs by then: only a context that is still ours is given back."""
-        from opentelemetry import context
-
-        if context.get_current() is not self._context:
+        # OpenTelemetry's context is the same for all quiet calls: whose it is, our own trace tells.
+        if current_trace.get() is not self._trace:
             self._token = None
 
     def end(self, status: int, error: BaseException | None = None) -> None:
         token, self._token = self._token, None
         if token is not None:
-            _context.detach(token)
+            unquieten(token)
             self._trace.end(status)
 
 
@@ -203,29 +200,6 @@ def unquieten(token: Any) -> None:
 
 # Of traces that have no name yet; those that a quiet call begins are not recorded, whatever it would say.
 _sampler: Final = Sampler(0.0)
-
-_Unrecorded: Any = None
-
-
-def _unrecorded(parent: Trace) -> Span:
-    """The span that is current where none is recorded. Its names are found when somebody asks, which most handlers never do."""
-    global _Unrecorded
-    if _Unrecorded is None:
-        from opentelemetry.trace import NonRecordingSpan
-
-        class Unrecorded(NonRecordingSpan):
-            def __init__(self, parent: Trace) -> None:
-                self._parent = parent
-
-            def get_span_context(self) -> SpanContext:
-                return _context_of(self._parent)  # type: ignore[no-any-return]
-
-            def __repr__(self) -> str:
-                return f"<Unrecorded {self._parent!r}>"
-
-        _Unrecorded = Unrecorded
-    span: Span = _Unrecorded(parent)
-    return span
 
 
 def client_span(
