@@ -60,6 +60,13 @@ ROUTE_RESPONSES = Metric(
     ("service", "code"),
 )
 ROUTE_EGRESS = Metric("meshlib_route_egress_total", "counter", "Calls to hosts that are no service of the mesh.", ("host",))
+_STREAM = ("service", "method")
+ROUTE_MESSAGES_SENT = Metric(
+    "meshlib_route_messages_sent_total", "counter", "Messages that calls over gRPC sent to a service.", _STREAM
+)
+ROUTE_MESSAGES_RECEIVED = Metric(
+    "meshlib_route_messages_received_total", "counter", "Messages that a service sent as answers to calls over gRPC.", _STREAM
+)
 RETRY_ATTEMPTS = Metric("meshlib_retry_attempts_total", "counter", "Attempts beyond the first of a call.", _SERVICE)
 RETRY_BUDGET = Metric("meshlib_retry_budget_remaining", "gauge", "Retries that the budget would allow at this moment.", _SERVICE)
 RETRY_HEDGES = Metric(
@@ -184,6 +191,16 @@ SECURE_WOULD_DENY = Metric(
     _CALLER,
 )
 SECURE_IN_FLIGHT = Metric("meshlib_secure_in_flight", "gauge", "Calls in the application's hands.", _CALLER)
+_SPEAKER = ("service", "method", "peer")
+SECURE_MESSAGES_RECEIVED = Metric(
+    "meshlib_secure_messages_received_total",
+    "counter",
+    "Messages that came in with calls over gRPC, by who was proved to call.",
+    _SPEAKER,
+)
+SECURE_MESSAGES_SENT = Metric(
+    "meshlib_secure_messages_sent_total", "counter", "Messages that were sent as answers to calls over gRPC.", _SPEAKER
+)
 
 ADMIT_INBOUND_LIMIT = Metric(
     "meshlib_admit_inbound_limit",
@@ -373,6 +390,9 @@ TLS_RESUMED: Final = "tls.resumed"
 RPC_SYSTEM: Final = "rpc.system.name"
 RPC_METHOD: Final = "rpc.method"
 RPC_STATUS: Final = "rpc.response.status_code"
+# Of the messages of one call the conventions count none (their events tell each of them); so these are our own.
+MESSAGES_SENT: Final = "meshlib.messages.sent"
+MESSAGES_RECEIVED: Final = "meshlib.messages.received"
 MESH_ROUTE: Final = "meshlib.route"
 MESH_PEER: Final = "meshlib.peer"
 
@@ -382,6 +402,8 @@ GRPC_STATUSES: Final = (
     *("RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"),
     *("DATA_LOSS", "UNAUTHENTICATED"),
 )
+# Those of them that are the server's fault; to who called, all but OK are errors.
+GRPC_FAULTS: Final = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
 # Methods that HTTP and PATCH define; others are "_OTHER", lest a caller should invent time series.
 KNOWN_METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})

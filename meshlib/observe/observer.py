@@ -29,6 +29,8 @@ logger = logging.getLogger("meshlib.observe")
 # A sampler or an exporter of the application raised.
 NO_SPAN: Final = "a span could not be made; the call goes on without it"
 MOST_HOSTS: Final = 100
+# Pairs of a service or peer and a method with series of their own: others may choose both.
+MOST_SPEAKERS: Final = 1000
 OTHER: Final = "other"
 
 # Of all observers, since it is held for a moment and must be free in a forked child.
@@ -50,13 +52,14 @@ _begun: ContextVar[spans.ClientSpan | None] = ContextVar("meshlib.begun", defaul
 class Observer:
     """Observes the calls of one process. `service` is who we are, `sample` the share of new traces that are sampled."""
 
-    __slots__ = ("_egress", "_templates", "sample", "sampler", "service")
+    __slots__ = ("_egress", "_messages", "_templates", "sample", "sampler", "service")
 
     def __init__(self, *, service: str = "", sample: float = 1.0) -> None:
         self.service = service
         self.sample = sample
         self.sampler = Sampler(sample)
         self._egress: dict[str, int] = {}
+        self._messages: dict[tuple[str, str, str], list[int]] = {}
         self._templates: dict[str, str] = {}
 
     def use(self, config: Config) -> None:
@@ -139,6 +142,24 @@ class Observer:
                 host = OTHER
             self._egress[host] = self._egress.get(host, 0) + 1
 
+    # ------------------------------------------------------------------ both
+
+    def messages(self, side: str, name: str, method: str, sent: int, received: int) -> None:
+        """The messages of one gRPC call that is over, counted. `side` is "client" or "server", `name` the service that was called or
+        the identity that called ("" for none), `method` the full one ("/pkg.Service/Method").
+
+        The first thousand pairs have a series each, what comes after them is "other".
+        """
+        key = (side, name, method)
+        with _lock:
+            counts = self._messages.get(key)
+            if counts is None:
+                if len(self._messages) >= MOST_SPEAKERS:
+                    key = (side, OTHER, OTHER)
+                counts = self._messages.setdefault(key, [0, 0])
+            counts[0] += sent
+            counts[1] += received
+
     # ------------------------------------------------------------------ in
 
     def server_span(
@@ -188,6 +209,7 @@ class Observer:
         config, identity = mesh.config, mesh.identity
         with _lock:
             egress = dict(self._egress)
+            messages = {key: (sent, received) for key, (sent, received) in self._messages.items()}
         shared, checker = (mesh.outbound.rates, getattr(mesh, "inbound_rates", None)), mesh._checker
         # What a mesh of a test need not have.
         watch, trust = getattr(mesh, "watch", None), getattr(mesh, "trust", None)
@@ -209,6 +231,7 @@ class Observer:
             jobs=[(job.name, job.runs, job.failures) for job in mesh.keeper.jobs],
             identity=known,
             egress=egress,
+            messages=messages,
             plain=[] if watch is None else watch.plain,
             authorizers=[] if trust is None else trust.authorizers.stats(),
             keys=[] if keys is None else keys.stats(),

@@ -38,6 +38,8 @@ class Readings:
     checks: Sequence[Row] = ()  # of active health checks: service, failing, checks, failures, skipped
     fallbacks: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by service and word
     egress: Mapping[str, int] = field(default_factory=dict)
+    # Of gRPC: sent, received; by side (client, server), service or peer, method.
+    messages: Mapping[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
     plain: Sequence[Row] = ()  # who comes in without TLS, as they came: client, requests
     authorizers: Sequence[Row] = ()  # name, outcome, count
     keys: Sequence[Row] = ()  # for tokens: provider, source, keys, age (-1: none in force), failures
@@ -152,6 +154,9 @@ def _calls(text: Text, readings: Readings) -> None:
     ):
         text.add(metric, [(at, row[key]) for at, row in zip(services, rows, strict=True) if key in row])
     text.add(names.ROUTE_RESPONSES, _outbound_codes(services, rows))
+    said = [((name, _rpc(method)), counts) for (side, name, method), counts in readings.messages.items() if side == "client"]
+    text.add(names.ROUTE_MESSAGES_SENT, [(at, sent) for at, (sent, _) in said])
+    text.add(names.ROUTE_MESSAGES_RECEIVED, [(at, received) for at, (_, received) in said])
     text.add(names.RETRY_FALLBACKS, sorted(readings.fallbacks.items()))
     text.add(names.ROUTE_EGRESS, [((host,), count) for host, count in sorted(readings.egress.items())])
     http: dict[Labels, Histogram] = {}
@@ -256,12 +261,19 @@ def _inbound(text: Text, readings: Readings) -> None:
     http_rows = [pair for pair, is_rpc in zip(zip(callers, rows, strict=True), are_rpc, strict=True) if not is_rpc]
     rpc_rows = [pair for pair, is_rpc in zip(zip(callers, rows, strict=True), are_rpc, strict=True) if is_rpc]
     text.add(names.SECURE_RESPONSES, [*_codes(http_rows), *_codes(rpc_rows, _grpc_word)])
+    heard = [
+        ((readings.service, _rpc(method), peer), counts)
+        for (side, peer, method), counts in readings.messages.items()
+        if side == "server"
+    ]
+    text.add(names.SECURE_MESSAGES_RECEIVED, [(at, received) for at, (_, received) in heard])
+    text.add(names.SECURE_MESSAGES_SENT, [(at, sent) for at, (sent, _) in heard])
     http: dict[Labels, Histogram] = {}
     rpc: dict[Labels, Histogram] = {}
     for _, row in http_rows:
         _merge(http, (_method(row["method"]), readings.templates.get(row["route"], row["route"]), readings.scheme), row)
     for _, row in rpc_rows:
-        _merge(rpc, ("grpc", str(row["method"]).removeprefix("/")), row)
+        _merge(rpc, ("grpc", _rpc(row["method"])), row)
     text.add_histograms(names.HTTP_SERVER_DURATION, http)
     text.add_histograms(names.RPC_SERVER_DURATION, rpc)
 
@@ -303,6 +315,11 @@ def _is_guard(row: Row) -> bool:
 
 def _method(name: str) -> str:
     return name if name in names.KNOWN_METHODS or not name else names.OTHER_METHOD
+
+
+def _rpc(method: str) -> str:
+    """A full method as the conventions write it."""
+    return method.removeprefix("/")
 
 
 def _http_word(code: str) -> str:

@@ -37,6 +37,10 @@ _PLAIN_SUPPRESS: Final = "suppress_instrumentation"  # the key of older instrume
 _INNER: Final = ("app", "wsgi", "wsgi_app", "application", "__wrapped__", "__self__")
 _MOST_LAYERS: Final = 100
 
+# From which status on HTTP's answer is an error, for who asked and for who was asked.
+CLIENT_FAILS: Final = 400
+SERVER_FAILS: Final = 500
+
 _provider: Any = None
 _tracer: Tracer | None = None
 # OpenTelemetry's modules, once there is a tracer: an import in a function costs every call of it.
@@ -70,6 +74,10 @@ class ClientSpan:
         self._is_over = False
         self.headers = [*_headers_of(span), *baggage]
 
+    def messages(self, sent: int, received: int) -> None:
+        """How many messages a gRPC call had. To be told before the end."""
+        _note_messages(self._span, sent, received)
+
     def end(self, status: int, error: BaseException | None = None, resumed: bool | None = None) -> None:
         """The head came with a status, or (0) no answer came. Only the first end counts.
 
@@ -80,7 +88,7 @@ class ClientSpan:
         self._is_over = True
         if resumed is not None:
             self._span.set_attribute(names.TLS_RESUMED, resumed)
-        _end(self._span, status, error, is_rpc=self._is_rpc, failing=400)
+        _end(self._span, status, error, is_rpc=self._is_rpc, failing=CLIENT_FAILS)
 
 
 class ServerSpan:
@@ -117,11 +125,15 @@ class ServerSpan:
         if context.get_current() is not self._context:
             self._token = None
 
+    def messages(self, sent: int, received: int) -> None:
+        """How many messages a gRPC call had. To be told before the end."""
+        _note_messages(self._span, sent, received)
+
     def end(self, status: int, error: BaseException | None = None) -> None:
         if self._is_over:
             return
         self._is_over = True
-        _end(self._span, status, error, is_rpc=self._is_rpc, failing=500)
+        _end(self._span, status, error, is_rpc=self._is_rpc, failing=SERVER_FAILS)
         if self._token is not None:
             from opentelemetry import context
 
@@ -156,6 +168,9 @@ class QuietSpan:
         # OpenTelemetry's context is the same for all quiet calls: whose it is, our own trace tells.
         if current_trace.get() is not self._trace:
             self._token = None
+
+    def messages(self, sent: int, received: int) -> None:
+        """Nobody records them here."""
 
     def end(self, status: int, error: BaseException | None = None) -> None:
         token, self._token = self._token, None
@@ -406,6 +421,14 @@ def _end(span: Span, status: int, error: BaseException | None, *, is_rpc: bool, 
         logger.warning("a span could not be ended; the call is not touched by it", exc_info=True)
 
 
+def _note_messages(span: Span, sent: int, received: int) -> None:
+    try:
+        span.set_attribute(names.MESSAGES_SENT, sent)
+        span.set_attribute(names.MESSAGES_RECEIVED, received)
+    except Exception:
+        logger.warning("a span could not be told of its messages; the call is not touched by it", exc_info=True)
+
+
 def _note_end(span: Span, status: int, error: BaseException | None, *, is_rpc: bool, failing: int) -> None:
     from opentelemetry.trace import Status, StatusCode
 
@@ -415,6 +438,8 @@ def _note_end(span: Span, status: int, error: BaseException | None, *, is_rpc: b
         word = str(getattr(code(), "name", "")) if callable(code) else ""
         if not error or word:
             span.set_attribute(names.RPC_STATUS, word or "OK")
+        if word and failing == SERVER_FAILS and word not in names.GRPC_FAULTS:
+            return
         kind = word
     elif status:
         span.set_attribute(names.HTTP_STATUS, status)

@@ -11,7 +11,7 @@ import pytest
 
 import meshlib
 from meshlib.observe import Observer
-from meshlib.observe.observer import MOST_HOSTS
+from meshlib.observe.observer import MOST_HOSTS, MOST_SPEAKERS
 
 MESH = """\
 mesh: shop
@@ -137,6 +137,21 @@ def test_hosts_of_egress_are_bounded_and_none_is_lost(mesh: meshlib.Mesh) -> Non
     counts = observer.readings(mesh, 0.0).egress
     assert (len(counts), sum(counts.values())) == (MOST_HOSTS + 1, 8000)
     assert counts["other"] > 0
+
+
+def test_messages_of_calls_are_added_up_and_bounded(mesh: meshlib.Mesh) -> None:
+    """By side, name and method; after a thousand of those, as "other", so that none is lost."""
+    observer = Observer()
+    observer.messages("client", "stock", "/a.B/C", 1, 3)
+    observer.messages("client", "stock", "/a.B/C", 2, 0)
+    for n in range(MOST_SPEAKERS):
+        observer.messages("server", f"spiffe://shop.internal/{n}", "/a.B/C", 1, 1)
+    observer.messages("client", "stock", "/a.B/C", 1, 1)
+    mesh.observer = observer
+    counts = observer.readings(mesh, 0.0).messages
+    assert counts["client", "stock", "/a.B/C"] == (4, 4)
+    assert counts["server", "other", "other"] == (1, 1)
+    assert len(counts) == MOST_SPEAKERS + 1
 
 
 def test_observer_works_in_a_child_forked_while_it_counted() -> None:

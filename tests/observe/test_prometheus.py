@@ -109,6 +109,7 @@ FULL = Readings(
     checks=[CHECK],
     fallbacks={("orders", "last_good"): 3, ("guard:ledger", "value"): 8},
     egress={"api.example.com": 4},
+    messages={("client", "inventory", "/shop.Inventory/Count"): (1, 20), ("server", "", "/shop.Inventory/Count"): (30, 2)},
     plain=[{"client": f"10.0.0.{number}", "requests": 1} for number in range(101)],
     authorizers=[{"name": "opa", "outcome": "timeout", "count": 3}],
     keys=[
@@ -302,6 +303,17 @@ def test_statuses_of_grpc_are_words() -> None:
     text = render(Readings(gate=[came_in(method="_OTHER", codes={"12": 1})], protocols={"storefront": "grpc"}))
     assert 'code="UNIMPLEMENTED"} 1' in text
     assert 'code="none"} 1' in render(Readings(gate=[came_in(codes={"0": 1})]))
+
+
+def test_messages_of_grpc_are_told_by_side() -> None:
+    """What goes out by the service, what comes in by who called; the method as the conventions write it."""
+    text = render(FULL)
+    out = {"service": "inventory", "method": "shop.Inventory/Count"}
+    assert value(text, "meshlib_route_messages_sent_total", **out) == 1
+    assert value(text, "meshlib_route_messages_received_total", **out) == 20
+    came = {"service": "storefront", "method": "shop.Inventory/Count", "peer": ""}
+    assert value(text, "meshlib_secure_messages_sent_total", **came) == 30
+    assert value(text, "meshlib_secure_messages_received_total", **came) == 2
 
 
 def test_route_of_a_duration_is_its_template() -> None:

@@ -188,6 +188,48 @@ def test_rpc_spans_speak_of_rpc() -> None:
     )
 
 
+def test_a_recorded_span_tells_how_many_messages_there_were() -> None:
+    """On both sides; where nothing is recorded, the same word does nothing."""
+    run(
+        """
+        from meshlib.observe.trace import Trace
+        client = observer.client_span("POST", "inventory", rpc="/shop.Inventory/Count")
+        client.messages(1, 20)
+        client.end(0)
+        with observer.server_span("POST", "", [], PEER, rpc="/shop.Inventory/Count") as span:
+            span.messages(20, 1)
+        assert [(span.attributes["meshlib.messages.sent"], span.attributes["meshlib.messages.received"]) for span in spans()] == [
+            (1, 20), (20, 1)]
+        quiet = Observer(sample=0.0)
+        quiet.server_span("POST", "", [], PEER, rpc="/shop.Inventory/Count").messages(1, 1)
+        Trace([], quiet.sampler, is_trusted=True).messages(1, 1)
+        assert len(spans()) == 2
+        """
+    )
+
+
+def test_at_a_server_only_what_is_its_fault_is_an_error() -> None:
+    """As the conventions have it: a client that asks for what isn't there has not broken the server."""
+    run(
+        """
+        class Ended(Exception):
+            def __init__(self, code):
+                self.code = lambda: code
+        for name in ("NOT_FOUND", "PERMISSION_DENIED", "INTERNAL", "UNIMPLEMENTED", "DEADLINE_EXCEEDED"):
+            code = grpc.StatusCode[name]
+            span = observer.server_span("POST", "", [], PEER, rpc="/shop.Inventory/Count")
+            span.end(code.value[0], Ended(code))
+        assert [(s.attributes["rpc.response.status_code"], s.attributes.get("error.type"), s.status.status_code.name) for s in spans()] == [
+            ("NOT_FOUND", None, "UNSET"),
+            ("PERMISSION_DENIED", None, "UNSET"),
+            ("INTERNAL", "INTERNAL", "ERROR"),
+            ("UNIMPLEMENTED", "UNIMPLEMENTED", "ERROR"),
+            ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "ERROR"),
+        ]
+        """
+    )
+
+
 def test_instrumentation_of_others_leaves_nothing_for_us_to_make() -> None:
     """No CLIENT span under the contrib client's, no SERVER span under the contrib server's; its trace is carried on."""
     run(
