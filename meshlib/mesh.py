@@ -333,23 +333,37 @@ class Mesh:
 
         return departure(self.outbound, scheme, host, headers, is_verified=is_verified)
 
-    def grpc_channel(self, service: str) -> grpc.aio.Channel:
-        """A `grpc.aio.Channel` to a service; generated stubs work unchanged."""
+    def grpc_channel(
+        self, service: str, *, idempotent: Iterable[str] = (), options: Sequence[tuple[str, Any]] = ()
+    ) -> grpc.aio.Channel:
+        """A `grpc.aio.Channel` to a service; generated stubs work unchanged.
+
+        `idempotent` names methods that may be repeated after they may have been processed: "/pkg.Service/Method", "/pkg.Service/*".
+        `options` are gRPC's channel arguments, such as message sizes; those that are the mesh's (retries, balancing, TLS) it keeps.
+        """
         from .client.grpc import open_channel
 
-        return open_channel(self.start(), service)
+        return open_channel(self.start(), service, idempotent=idempotent, options=options)
 
-    def sync_grpc_channel(self, service: str) -> grpc.Channel:
-        """A `grpc.Channel` to a service."""
+    def sync_grpc_channel(
+        self, service: str, *, idempotent: Iterable[str] = (), options: Sequence[tuple[str, Any]] = ()
+    ) -> grpc.Channel:
+        """The same as a `grpc.Channel`, for threads."""
         from .client.grpc import open_sync_channel
 
-        return open_sync_channel(self.start(), service)
+        return open_sync_channel(self.start(), service, idempotent=idempotent, options=options)
 
     def grpc_client_interceptors(self, service: str) -> Sequence[grpc.aio.ClientInterceptor]:
         """Interceptors for a `grpc.aio` channel of your own: deadline, trace, limits and metrics, without balancing."""
         from .client.grpc import client_interceptors
 
         return client_interceptors(self.start(), service)
+
+    def sync_grpc_client_interceptors(self, service: str) -> Sequence[Any]:
+        """The same for `grpc.intercept_channel` and a `grpc.Channel` of your own."""
+        from .client.grpc import sync_client_interceptors
+
+        return sync_client_interceptors(self.start(), service)
 
     def guard(
         self,

@@ -153,6 +153,19 @@ class Engine:
 
         A token of 2**32 - 1: the call waits for a permit, and goes on with `next`.
         """
+    def depart(
+        self,
+        service: str,
+        path: str,
+        headers: _Headers,
+        now: float,
+        deadline: float | None = None,
+        idempotent: bool | None = None,
+        replayable: bool = True,
+        attempt: int = 0,
+        peer: str | None = None,
+    ) -> tuple[Call, float, tuple[Any, ...]]:
+        """`begin` and the first `next` of a gRPC call: the call, its end, and what `next` says."""
     def check(self, service: str, address: str, is_healthy: bool, now: float) -> bool: ...
     def tend(self, now: float) -> None: ...
     def calls(self, service: str) -> int: ...
@@ -199,6 +212,8 @@ class Call:
         """Seconds until a second attempt goes out beside the one under way; 0.0: now, and `next` names it. None: there will be none."""
     def headers(self, given: _Headers, now: float, end: float, trace: _Headers | None, sample: float) -> _Headers:
         """The caller's headers with ours: deadline (unless `end` is ages away), attempt, and the trace (None: a new one)."""
+    def traceparent(self, sample: float) -> str:
+        """The trace that this call begins, where it is part of none: the same for all its attempts."""
     def head(self, token: int, outcome: int, status: int, now: float, retry_after: float = ..., is_whole: bool = False) -> int:
         """`retry_after`: seconds, -1.0 where nothing was said, -2.0 where it was said: never again.
 

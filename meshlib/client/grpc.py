@@ -2,14 +2,15 @@
 
 Through a channel that is a `grpc.aio.Channel` (or a `grpc.Channel`) for generated stubs and has a gRPC channel to each endpoint
 underneath: every attempt of every call is a pick of the engine, as for HTTP. Public API of grpcio only. The request's way is in
-grpc_way.py, call objects in grpc_calls.py and grpc_streams.py, connections in grpc_links.py.
+grpc_course.py, call objects in grpc_calls.py and grpc_streams.py (asyncio), grpc_sync.py and grpc_sync_calls.py (threads), connections
+in grpc_links.py.
 
 For channels that users build themselves there are interceptors: deadline, trace, attempt's number, limits and budget, without
-balancing (grpc_interceptors.py).
+balancing (grpc_interceptors.py). grpc-web, Connect and JSON transcoding are not spoken here: they are for a gateway.
 
 gRPC calls are never idempotent by themselves. What may be repeated after it may have been processed is declared: by the route, by
 `idempotent=("/pkg.Svc/Method", "/pkg.Svc/*")` of the channel, or for one call by the metadata `x-mesh-idempotent: 1`, which stays
-here. `wait_for_ready` is accepted and has no effect: an endpoint that is not there is replaced by another.
+here.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from .grpc_interceptors import client_interceptors
+from .grpc_course import IDEMPOTENT
+from .grpc_interceptors import client_interceptors, sync_client_interceptors
 from .grpc_links import READY, AioLinks, Options
 from .grpc_status import rpc_error
 from .grpc_stubs import StreamStream, StreamUnary, UnaryStream, UnaryUnary
 from .grpc_sync import MeshSyncChannel
-from .grpc_way import IDEMPOTENT, GrpcWay
+from .grpc_way import GrpcWay
 from .way import OutboundWay
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "open_channel",
     "open_sync_channel",
     "rpc_error",
+    "sync_client_interceptors",
 ]
 
 # How often a caller that waits for a connection looks, while there is no channel to an endpoint yet.

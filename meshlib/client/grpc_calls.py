@@ -1,8 +1,8 @@
 """What does a stub get back from a mesh channel under asyncio, if one message goes each way?
 
 A call object like gRPC's own, with the same methods. The first attempt is made at once, and whoever awaits the call awaits
-that attempt itself: the ordinary call costs no task and no turn of the loop beyond gRPC's. Only when an attempt fails does
-a task take the call on, to another endpoint. The request is serialised once and may be sent again.
+that attempt itself: the ordinary call costs no task and no turn of the loop beyond gRPC's. Only when an attempt fails, when it has to
+wait, or when it may be hedged does a task take the call on. The request is serialised once and may be sent again.
 
 A call that its caller drops goes on to its end, as gRPC's does, but is not tried again.
 """
@@ -16,47 +16,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from meshlib.call import Call
+from meshlib.call import Call, Errand, gone_away
 
-from .grpc_links import METHODS_KEPT, Link
-from .grpc_way import Course, GrpcWay
+from .grpc_course import OTHERS, Course, Leg
+from .grpc_status import failure_of, rpc_error
+from .grpc_way import Method
 
 CANCELLED_DETAILS = "Locally cancelled by application!"  # gRPC's own words
-
-
-class Method:
-    """One method of a stub: how its messages are written and read, and its multicallable on each link."""
-
-    __slots__ = ("_key", "is_idempotent", "kind", "name", "serializer")
-
-    def __init__(
-        self, way: GrpcWay, kind: str, name: str, serializer: Any, deserializer: Any, is_registered: bool | None
-    ) -> None:
-        self.kind = kind
-        self.name = name
-        self.serializer = serializer
-        self.is_idempotent = way.is_idempotent(name)
-        self._key = (kind, name, serializer, deserializer, is_registered)
-
-    def write(self, request: Any) -> Any:
-        """A request message as bytes."""
-        return request if self.serializer is None else self.serializer(request)
-
-    def on(self, link: Link | None) -> Any:
-        """The multicallable of this method on a link. It takes bytes where the request is one message."""
-        assert link is not None
-        found = link.methods.get(self._key)
-        if found is None:
-            kind, name, serializer, deserializer, is_registered = self._key
-            if len(link.methods) >= METHODS_KEPT:
-                link.methods.clear()
-            found = link.methods[self._key] = getattr(link.channel, kind)(
-                name,
-                request_serializer=serializer if kind.startswith("stream") else None,
-                response_deserializer=deserializer,
-                _registered_method=is_registered,
-            )
-        return found
 
 
 def extras(credentials: Any, compression: Any) -> dict[str, Any]:
@@ -69,29 +35,32 @@ def extras(credentials: Any, compression: Any) -> dict[str, Any]:
 class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
     """One message each way: await it."""
 
+    # What nearly every call keeps.
+    _attempt: Any = None
+    _course: Course | None = None
+    _error: Exception | None = None
+    _is_cancelled = False
+    _rest: asyncio.Task[None] | None = None
+
     def __init__(
-        self, way: GrpcWay, method: Method, request: Any, timeout: float | None, metadata: Any, more: dict[str, Any]
+        self,
+        method: Method,
+        request: Any,
+        timeout: float | None,
+        metadata: Any,
+        wait_for_ready: bool | None,
+        more: dict[str, Any],
     ) -> None:
         self._method = method
         self._request = request
         self._more = more
-        self._attempt: Any = None
-        self._course: Course | None = None
-        self._error: Exception | None = None
-        self._is_cancelled = False
-        self._rest: asyncio.Task[None] | None = None
         try:
-            self._course = Course(
-                way,
-                method.name,
-                timeout,
-                metadata,
-                is_idempotent=method.is_idempotent,
-                is_replayable=True,
-                is_stream=False,
-            )
-            self._course.step()  # the first attempt never has to wait
-            self._start(self._course)
+            course = self._course = Course(method, timeout, metadata, wait_for_ready)
+            pause = course.step()
+            if pause or course.is_hedged:
+                self._go_on(pause)
+            else:
+                self._start(course)
         except grpc.aio.AioRpcError as error:
             self._error = error
         except BaseException:
@@ -100,11 +69,33 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
             raise
 
     def __del__(self) -> None:
-        course = getattr(self, "_course", None)
-        if course is not None:
+        course = self._course
+        if course is not None and not course.is_over and self._rest is None:
             course.forget(self._attempt)
 
     def __await__(self) -> Generator[Any, None, Any]:
+        visit = None if self._course is None else self._course.visit
+        if visit is None or not visit.ends_calls or self._error is not None:
+            return (yield from self._answer())
+        # On behalf of a client that may go away.
+        assert self._course is not None
+        errand = visit.errand() if self._course.native.is_idempotent else None
+        try:
+            return (yield from self._answer())
+        except asyncio.CancelledError as error:
+            raise self._why(errand, error) from None
+        finally:
+            if errand is not None:
+                errand.end()
+
+    def _why(self, errand: Errand | None, error: asyncio.CancelledError) -> BaseException:
+        if errand is None or not errand.end(error):
+            return error
+        gone = gone_away()
+        gone.call = self.mesh_call
+        return rpc_error(gone)
+
+    def _answer(self) -> Generator[Any, None, Any]:
         if self._error is None and self._rest is None:
             try:
                 return (yield from self._attempt.__await__())
@@ -134,7 +125,8 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
         self._is_cancelled = True
         if self._rest is not None:
             self._rest.cancel()
-        self._attempt.cancel()
+        if self._attempt is not None:
+            self._attempt.cancel()
         self._give_up()
         return True
 
@@ -173,7 +165,7 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
         await self._settled()
         if isinstance(self._error, grpc.aio.AioRpcError):
             return self._error.trailing_metadata()
-        return await self._attempt.trailing_metadata()
+        return grpc.aio.Metadata() if self._attempt is None else await self._attempt.trailing_metadata()
 
     async def code(self) -> grpc.StatusCode:
         await self._settled()
@@ -194,12 +186,14 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
         await self._settled()
         if isinstance(self._error, grpc.aio.AioRpcError):
             return self._error.debug_error_string()
-        return await self._attempt.debug_error_string()
+        return "" if self._attempt is None else await self._attempt.debug_error_string()
 
     async def wait_for_connection(self) -> None:
         await self._settled()
         if self._error is not None:
             raise self._error
+        if self._attempt is None:
+            raise asyncio.CancelledError
         await self._attempt.wait_for_connection()
 
     async def _settled(self) -> None:
@@ -212,23 +206,28 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
             await asyncio.wait((self._rest,))
 
     def _start(self, course: Course) -> None:
+        self._attempt = self._send(course)
+        self._attempt.add_done_callback(course.landed)
+
+    def _send(self, course: Course) -> Any:
         metadata = grpc.aio.Metadata(*course.sent) if course.sent else None
-        start = self._method.on(course.link)
-        attempt = self._attempt = start(self._request, timeout=course.timeout, metadata=metadata, **self._more)
-        attempt.add_done_callback(course.landed)
+        return self._method.on(course.link)(self._request, timeout=course.timeout, metadata=metadata, **self._more)
 
     def _has_failed(self) -> bool:
         """The attempt ended, and a success would have ended the course."""
         return self._course is not None and not self._course.is_over
 
-    def _go_on(self) -> None:
+    def _go_on(self, pause: float | None = None) -> None:
+        """A task takes the call on: from the attempt under way, or (`pause` given) from a first `step` that said to wait so long."""
         if self._rest is None:
-            self._rest = asyncio.get_running_loop().create_task(self._attempts())
+            course = self._course
+            assert course is not None
+            is_race = pause is not None and (pause > 0.0 or course.is_hedged)
+            way = self._race(course, pause or 0.0) if is_race else self._attempts(course)
+            self._rest = asyncio.get_running_loop().create_task(way)
 
-    async def _attempts(self) -> None:
+    async def _attempts(self, course: Course) -> None:
         """What becomes of the call after the first attempt failed. Never raises but CancelledError."""
-        course = self._course
-        assert course is not None
         try:
             while True:
                 try:
@@ -245,6 +244,45 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
             # Kept for whoever asks: a task that raises would complain of callers who don't.
             self._error = error
         finally:
+            course.give_up()
+
+    async def _race(self, course: Course, pause: float) -> None:
+        """A call whose first attempt has to wait, or which may have two under way. Never raises but CancelledError."""
+        under_way: dict[Any, Leg] = {}
+        landed: asyncio.Queue[Any] = asyncio.Queue()
+        try:
+            while True:
+                while pause > 0.0:
+                    await asyncio.sleep(pause)
+                    pause = course.step()
+                if pause != OTHERS:
+                    attempt = self._send(course)
+                    under_way[attempt] = course.put_aside()
+                    attempt.add_done_callback(landed.put_nowait)
+                try:
+                    async with asyncio.timeout(course.hedge_after()):
+                        ended = await landed.get()
+                except TimeoutError:
+                    # All are slow: another endpoint is asked for the same.
+                    pause = course.step()
+                    continue
+                course.take_up(under_way.pop(ended))
+                self._attempt = ended
+                code = await ended.code()
+                if code is grpc.StatusCode.OK:
+                    course.good()
+                    return
+                error = failure_of(code, await ended.details(), await ended.trailing_metadata())
+                if not course.fail(error):
+                    self._error = error
+                    return
+                pause = course.step()
+        except Exception as error:
+            self._error = error
+        finally:
+            for attempt, leg in under_way.items():
+                attempt.cancel()
+                course.drop(leg)
             course.give_up()
 
     def _give_up(self) -> None:

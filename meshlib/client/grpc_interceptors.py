@@ -5,22 +5,27 @@ limit of calls in flight), the trace and the caller's attempt number; and where 
 the one that the channel reaches, the breaker and the endpoint's statistics, too. With several endpoints nobody can tell to which
 one an outcome belongs, so none is blamed. Nothing is tried again here.
 
-gRPC sorts interceptors by class, and takes each object for one kind only; so there is one for each of the four kinds.
+gRPC sorts interceptors by class, and asyncio's takes each object for one kind only; so there is one for each of the four kinds, and one
+object more for all four kinds of a blocking channel.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 
+from .grpc_course import Course
 from .grpc_status import failure_of
-from .grpc_way import Course, GrpcWay
+from .grpc_way import GrpcWay, Method
 
 # Seconds for which the number of endpoints is believed.
 RECOUNT = 1.0
+# Methods that are remembered, lest a caller should fill the memory.
+METHODS_KEPT = 256
 
 
 def client_interceptors(mesh: Any, service: str) -> list[Any]:
@@ -29,32 +34,46 @@ def client_interceptors(mesh: Any, service: str) -> list[Any]:
     return [_UnaryUnary(aside), _UnaryStream(aside), _StreamUnary(aside), _StreamStream(aside)]
 
 
+def sync_client_interceptors(mesh: Any, service: str) -> list[Any]:
+    """The same for `grpc.intercept_channel(channel, ...)`."""
+    return [_Sync(_Aside(GrpcWay(service, mesh.outbound, None)))]
+
+
 class _Aside:
     """The way of calls that are only accompanied."""
 
     def __init__(self, way: GrpcWay) -> None:
         self._way = way
+        self._methods: dict[tuple[str, str], Method] = {}
         self._has_one_endpoint = False
         self._counted = float("-inf")
         self._watchers: set[asyncio.Task[None]] = set()
 
-    def begin(self, details: Any, *, is_stream: bool) -> tuple[Course, Any]:
-        """The call's course, and gRPC's details with what the mesh adds."""
-        method = details.method.decode() if isinstance(details.method, bytes) else details.method
-        course = Course(
-            self._way,
-            method,
-            details.timeout,
-            details.metadata,
-            is_idempotent=None,
-            is_replayable=False,
-            is_stream=is_stream,
-        )
+    def begin(self, details: Any, kind: str) -> tuple[Course, float]:
+        """The call's course, and the seconds to wait before it is asked again by `step`."""
+        name = details.method.decode() if isinstance(details.method, bytes) else details.method
+        method = self._methods.get((kind, name))
+        if method is None:
+            if len(self._methods) >= METHODS_KEPT:
+                self._methods.clear()
+            method = self._methods[kind, name] = Method(self._way, kind, name)
+        course = Course(method, details.timeout, details.metadata)
         try:
             if self._knows_the_endpoint(course.now):
-                course.step()  # the first attempt never has to wait
-            else:
-                course.dress()
+                return course, course.step()
+            course.accompany()
+        except BaseException:
+            course.give_up()
+            raise
+        return course, 0.0
+
+    async def begun(self, details: Any, kind: str) -> tuple[Course, Any]:
+        """The course of a call that may go, and gRPC's details with what the mesh adds."""
+        course, pause = self.begin(details, kind)
+        try:
+            while pause:
+                await asyncio.sleep(pause)
+                pause = course.step()
         except BaseException:
             course.give_up()
             raise
@@ -63,9 +82,9 @@ class _Aside:
             details.method, course.timeout, metadata, details.credentials, details.wait_for_ready
         )
 
-    async def open(self, continuation: Any, details: Any, request: Any) -> Any:
+    async def open(self, continuation: Any, details: Any, request: Any, kind: str) -> Any:
         """A stream, whose head and end are noted while the caller reads it."""
-        course, changed = self.begin(details, is_stream=True)
+        course, changed = await self.begun(details, kind)
         try:
             call = await continuation(changed, request)
         except BaseException:
@@ -101,12 +120,11 @@ class _UnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-ar
         self._aside = aside
 
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        course, details = self._aside.begin(client_call_details, is_stream=False)
+        course, details = await self._aside.begun(client_call_details, "unary_unary")
         try:
             call = await continuation(details, request)
             await call
-            course.head()
-            course.end()
+            course.good()
             return call
         except grpc.aio.AioRpcError as error:
             course.fail(error)
@@ -120,7 +138,7 @@ class _UnaryStream(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[type-
         self._aside = aside
 
     async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await self._aside.open(continuation, client_call_details, request)
+        return await self._aside.open(continuation, client_call_details, request, "unary_stream")
 
 
 class _StreamUnary(grpc.aio.StreamUnaryClientInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -128,7 +146,7 @@ class _StreamUnary(grpc.aio.StreamUnaryClientInterceptor):  # type: ignore[type-
         self._aside = aside
 
     async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._aside.open(continuation, client_call_details, request_iterator)
+        return await self._aside.open(continuation, client_call_details, request_iterator, "stream_unary")
 
 
 class _StreamStream(grpc.aio.StreamStreamClientInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -136,4 +154,113 @@ class _StreamStream(grpc.aio.StreamStreamClientInterceptor):  # type: ignore[typ
         self._aside = aside
 
     async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._aside.open(continuation, client_call_details, request_iterator)
+        return await self._aside.open(continuation, client_call_details, request_iterator, "stream_stream")
+
+
+class _Details(NamedTuple):
+    method: str
+    timeout: float | None
+    metadata: Any
+    credentials: Any
+    wait_for_ready: bool | None
+    compression: Any
+
+
+class _SyncDetails(_Details, grpc.ClientCallDetails):
+    pass
+
+
+class _Sync(
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[type-arg]  # generic in the stubs only
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[type-arg]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[type-arg]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[type-arg]
+):
+    """All four kinds of a blocking channel."""
+
+    def __init__(self, aside: _Aside) -> None:
+        self._aside = aside
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return self._one(continuation, client_call_details, request, "unary_unary")
+
+    def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return self._one(continuation, client_call_details, request_iterator, "stream_unary")
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return self._many(continuation, client_call_details, request, "unary_stream")
+
+    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return self._many(continuation, client_call_details, request_iterator, "stream_stream")
+
+    def _begun(self, details: Any, kind: str) -> tuple[Course, _SyncDetails]:
+        course, pause = self._aside.begin(details, kind)
+        try:
+            while pause:
+                time.sleep(pause)
+                pause = course.step()
+        except BaseException:
+            course.give_up()
+            raise
+        return course, _SyncDetails(
+            details.method,
+            course.timeout,
+            course.sent,
+            details.credentials,
+            getattr(details, "wait_for_ready", None),
+            getattr(details, "compression", None),
+        )
+
+    def _one(self, continuation: Any, details: Any, request: Any, kind: str) -> Any:
+        course, changed = self._begun(details, kind)
+        try:
+            call = continuation(changed, request)
+        except BaseException:
+            course.give_up()
+            raise
+        # Of a blocking call it is over by now, and this is told at once.
+        call.add_done_callback(lambda ended: _note(course, ended))
+        return call
+
+    def _many(self, continuation: Any, details: Any, request: Any, kind: str) -> Any:
+        course, changed = self._begun(details, kind)
+        try:
+            call = continuation(changed, request)
+        except BaseException:
+            course.give_up()
+            raise
+        call.add_callback(lambda: _note(course, call))
+        return _Told(call, course)
+
+
+class _Told:
+    """A stream of answers that tells when the first has come. Everything else is gRPC's own call."""
+
+    def __init__(self, call: Any, course: Course) -> None:
+        self._call = call
+        self._course = course
+
+    def __iter__(self) -> _Told:
+        return self
+
+    def __next__(self) -> Any:
+        message = next(self._call)
+        self._course.received += 1
+        self._course.head()
+        return message
+
+    next = __next__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
+def _note(course: Course, call: Any) -> None:
+    """How a call on a blocking channel ended."""
+    code = call.code()
+    if code is grpc.StatusCode.OK or course.is_headed:
+        course.head()
+        course.end(code, is_cancelled=code is grpc.StatusCode.CANCELLED)
+    elif code is not grpc.StatusCode.CANCELLED:
+        course.fail(call)
+    course.give_up()

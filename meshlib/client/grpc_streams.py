@@ -19,9 +19,10 @@ import grpc.aio
 
 from meshlib.call import Call
 
-from .grpc_calls import CANCELLED_DETAILS, Method
+from .grpc_calls import CANCELLED_DETAILS
+from .grpc_course import Course
 from .grpc_status import failure_of
-from .grpc_way import Course, GrpcWay
+from .grpc_way import Method
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 TOO_LATE = "meshlib: no answer began within the route's deadline; give the call a timeout, or the route a longer deadline."
@@ -33,7 +34,13 @@ class Run:
     __slots__ = ("_more", "_request", "attempt", "course", "error", "first", "is_cancelled", "method", "opened", "task")
 
     def __init__(
-        self, way: GrpcWay, method: Method, request: Any, timeout: float | None, metadata: Any, more: dict[str, Any]
+        self,
+        method: Method,
+        request: Any,
+        timeout: float | None,
+        metadata: Any,
+        wait_for_ready: bool | None,
+        more: dict[str, Any],
     ) -> None:
         self.method = method
         self._request = request
@@ -46,22 +53,16 @@ class Run:
         loop = asyncio.get_running_loop()
         # Set when the attempt that counts is known: from then on the caller may read from it and write to it.
         self.opened: asyncio.Future[None] = loop.create_future()
-        self.task: asyncio.Task[Any] = loop.create_task(self._drive(way, timeout, metadata))
+        self.task: asyncio.Task[Any] = loop.create_task(self._drive(timeout, metadata, wait_for_ready))
 
-    async def _drive(self, way: GrpcWay, timeout: float | None, metadata: Any) -> Any:
+    async def _drive(self, timeout: float | None, metadata: Any, wait_for_ready: bool | None) -> Any:
         """The whole call. Returns the response where there is one, None otherwise; never raises but CancelledError."""
         method = self.method
         course = None
         try:
-            course = self.course = Course(
-                way,
-                method.name,
-                timeout,
-                metadata,
-                is_idempotent=method.is_idempotent,
-                is_replayable=method.kind == "unary_stream",
-                is_stream=True,
-            )
+            course = self.course = Course(method, timeout, metadata, wait_for_ready)
+            if not method.is_replayable and self._request is not None:
+                self._request = _counted(self._request, course)
             while True:
                 while pause := course.step():  # noqa: ASYNC110  # the engine says for how long
                     await asyncio.sleep(pause)
@@ -75,6 +76,8 @@ class Run:
                     if not course.fail(error):
                         raise
             course.head()
+            if method.kind == "stream_unary":
+                course.received = 1
             self._open()
             code = await self.attempt.code()
             course.end(code, is_cancelled=self.attempt.cancelled())
@@ -234,6 +237,9 @@ class _StreamRequest(_StreamCall):
 
     async def write(self, request: Any) -> None:
         await (await self._run.ready()).write(request)
+        course = self._run.course
+        assert course is not None
+        course.written += 1
 
     async def done_writing(self) -> None:
         await (await self._run.ready()).done_writing()
@@ -257,9 +263,10 @@ class _StreamResponse(_StreamCall):
         run = self._run
         try:
             attempt = run.attempt if run.is_open else await run.ready()
-            if run.first:
-                return run.first.pop()
-            return await attempt.read()
+            message = run.first.pop() if run.first else await attempt.read()
+            if message is not EOF and run.course is not None:
+                run.course.received += 1
+            return message
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -282,3 +289,15 @@ class StreamUnaryCall(_StreamRequest, grpc.aio.StreamUnaryCall[Any, Any]):
 
 class StreamStreamCall(_StreamRequest, _StreamResponse, grpc.aio.StreamStreamCall[Any, Any]):
     """Many messages both ways."""
+
+
+async def _counted(requests: Any, course: Course) -> AsyncIterator[Any]:
+    """The caller's messages, counted as gRPC asks for them."""
+    if hasattr(requests, "__aiter__"):
+        async for request in requests:
+            course.written += 1
+            yield request
+    else:
+        for request in requests:
+            course.written += 1
+            yield request

@@ -1,6 +1,6 @@
 """What does a generated stub hold for each of its methods on a mesh channel under asyncio?
 
-A multicallable of gRPC's four kinds, with gRPC's arguments. `wait_for_ready` is accepted and has no effect.
+A multicallable of gRPC's four kinds, with gRPC's arguments.
 """
 
 from __future__ import annotations
@@ -10,22 +10,30 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from .grpc_calls import Method, UnaryUnaryCall, extras
+from .grpc_calls import UnaryUnaryCall, extras
 from .grpc_streams import Run, StreamStreamCall, StreamUnaryCall, UnaryStreamCall
-from .grpc_way import GrpcWay
+from .grpc_way import GrpcWay, Method
 
 
 class _Stub:
     _kind = ""
 
     def __init__(self, way: GrpcWay, name: str, serializer: Any, deserializer: Any, is_registered: bool | None) -> None:
-        self._way = way
         self._method = Method(way, self._kind, name, serializer, deserializer, is_registered)
 
-    def _run(self, request: Any, timeout: float | None, metadata: Any, credentials: Any, compression: Any) -> Run:
-        assert self._way.links is not None
-        self._way.links.check_home()
-        return Run(self._way, self._method, request, timeout, metadata, extras(credentials, compression))
+    def _run(
+        self,
+        request: Any,
+        timeout: float | None,
+        metadata: Any,
+        credentials: Any,
+        wait_for_ready: bool | None,
+        compression: Any,
+    ) -> Run:
+        links = self._method.way.links
+        assert links is not None
+        links.check_home()
+        return Run(self._method, request, timeout, metadata, wait_for_ready, extras(credentials, compression))
 
 
 class UnaryUnary(_Stub, grpc.aio.UnaryUnaryMultiCallable[Any, Any]):
@@ -40,8 +48,9 @@ class UnaryUnary(_Stub, grpc.aio.UnaryUnaryMultiCallable[Any, Any]):
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> Any:
-        method, more = self._method, extras(credentials, compression)
-        return UnaryUnaryCall(self._way, method, method.write(request), timeout, metadata, more)
+        method = self._method
+        message = request if method.serializer is None else method.serializer(request)
+        return UnaryUnaryCall(method, message, timeout, metadata, wait_for_ready, extras(credentials, compression))
 
 
 class UnaryStream(_Stub, grpc.aio.UnaryStreamMultiCallable[Any, Any]):
@@ -57,7 +66,7 @@ class UnaryStream(_Stub, grpc.aio.UnaryStreamMultiCallable[Any, Any]):
         compression: Any = None,
     ) -> Any:
         message = self._method.write(request)
-        return UnaryStreamCall(self._run(message, timeout, metadata, credentials, compression))
+        return UnaryStreamCall(self._run(message, timeout, metadata, credentials, wait_for_ready, compression))
 
 
 class StreamUnary(_Stub, grpc.aio.StreamUnaryMultiCallable[Any, Any]):
@@ -72,7 +81,7 @@ class StreamUnary(_Stub, grpc.aio.StreamUnaryMultiCallable[Any, Any]):
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> Any:
-        return StreamUnaryCall(self._run(request_iterator, timeout, metadata, credentials, compression))
+        return StreamUnaryCall(self._run(request_iterator, timeout, metadata, credentials, wait_for_ready, compression))
 
 
 class StreamStream(_Stub, grpc.aio.StreamStreamMultiCallable[Any, Any]):
@@ -87,4 +96,4 @@ class StreamStream(_Stub, grpc.aio.StreamStreamMultiCallable[Any, Any]):
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> Any:
-        return StreamStreamCall(self._run(request_iterator, timeout, metadata, credentials, compression))
+        return StreamStreamCall(self._run(request_iterator, timeout, metadata, credentials, wait_for_ready, compression))

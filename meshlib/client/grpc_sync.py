@@ -1,25 +1,24 @@
 """How does a thread call a Service of the mesh over gRPC?
 
 Through a `grpc.Channel` for generated stubs. A call with one message each way goes the same outbound way as under asyncio, in the
-calling thread. What gRPC moves on threads of its own (`future()`, streams) is picked once, tried once and recorded when it ends;
-retries for those are not offered here.
-
-The latency of a stream is taken at its first response, so a response stream is handed out in a thin wrapper.
+calling thread; a hedge beside it is moved by gRPC's threads. What isn't waited for at once is in grpc_sync_calls.py.
 """
 
 from __future__ import annotations
 
-import threading
+import queue
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import grpc
 
-from .grpc_calls import Method, extras
+from .grpc_calls import extras
+from .grpc_course import OTHERS, Course, Leg
 from .grpc_links import Options, SyncLinks
-from .grpc_way import Course, GrpcWay
+from .grpc_sync_calls import Outgoing, Responses, SyncFuture
+from .grpc_way import GrpcWay, Method
 from .way import OutboundWay
 
 
@@ -69,9 +68,7 @@ class MeshSyncChannel(grpc.Channel):
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
     ) -> _UnaryUnary:
-        return _UnaryUnary(
-            self._way, self._method("unary_unary", method, request_serializer, response_deserializer, _registered_method)
-        )
+        return _UnaryUnary(self._method("unary_unary", method, request_serializer, response_deserializer, _registered_method))
 
     def unary_stream(
         self,
@@ -80,9 +77,7 @@ class MeshSyncChannel(grpc.Channel):
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
     ) -> _UnaryStream:
-        return _UnaryStream(
-            self._way, self._method("unary_stream", method, request_serializer, response_deserializer, _registered_method)
-        )
+        return _UnaryStream(self._method("unary_stream", method, request_serializer, response_deserializer, _registered_method))
 
     def stream_unary(
         self,
@@ -91,9 +86,7 @@ class MeshSyncChannel(grpc.Channel):
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
     ) -> _StreamUnary:
-        return _StreamUnary(
-            self._way, self._method("stream_unary", method, request_serializer, response_deserializer, _registered_method)
-        )
+        return _StreamUnary(self._method("stream_unary", method, request_serializer, response_deserializer, _registered_method))
 
     def stream_stream(
         self,
@@ -102,95 +95,28 @@ class MeshSyncChannel(grpc.Channel):
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
     ) -> _StreamStream:
-        return _StreamStream(
-            self._way, self._method("stream_stream", method, request_serializer, response_deserializer, _registered_method)
-        )
-
-
-class _Watched:
-    """A call that gRPC drives on its own: one attempt, whose head and end are noted once each."""
-
-    __slots__ = ("_course", "_lock", "inner")
-
-    def __init__(
-        self, way: GrpcWay, method: Method, starter: str, request: Any, timeout: float | None, metadata: Any, more: Any
-    ) -> None:
-        self._lock = threading.RLock()
-        course = self._course = Course(
-            way,
-            method.name,
-            timeout,
-            metadata,
-            is_idempotent=method.is_idempotent,
-            is_replayable=False,
-            is_stream=method.kind != "unary_unary",
-        )
-        course.step()  # the first attempt never has to wait
-        try:
-            start = method.on(course.link)
-            start = getattr(start, starter) if starter else start
-            self.inner = start(request, timeout=course.timeout, metadata=course.sent, **more)
-        except BaseException:
-            course.give_up()
-            raise
-        if not self.inner.add_callback(self.end):
-            self.end()
-
-    def head(self) -> None:
-        """The first response is there."""
-        with self._lock:
-            self._course.head()
-
-    def end(self) -> None:
-        """gRPC says that the call is over."""
-        code = self.inner.code()
-        with self._lock:
-            course = self._course
-            if code is grpc.StatusCode.OK or course.is_headed:
-                course.head()
-                course.end(code, is_cancelled=code is grpc.StatusCode.CANCELLED)
-            elif code is grpc.StatusCode.CANCELLED:
-                course.give_up()
-            else:
-                course.fail(self.inner)
-
-
-class _Responses:
-    """A stream of responses that tells when its first one came. Everything else is gRPC's own call."""
-
-    def __init__(self, watched: _Watched) -> None:
-        self._watched = watched
-        self._inner = watched.inner
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        message = next(self._inner)
-        self._watched.head()
-        return message
-
-    next = __next__
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __del__(self) -> None:
-        inner = self.__dict__.get("_inner")
-        if inner is not None:
-            inner.cancel()
+        return _StreamStream(self._method("stream_stream", method, request_serializer, response_deserializer, _registered_method))
 
 
 class _Stub:
-    def __init__(self, way: GrpcWay, method: Method) -> None:
-        self._way = way
+    def __init__(self, method: Method) -> None:
         self._method = method
 
-    def _watch(
-        self, starter: str, request: Any, timeout: float | None, metadata: Any, credentials: Any, compression: Any
-    ) -> _Watched:
+    def _outgoing(
+        self,
+        starter: str,
+        request: Any,
+        timeout: float | None,
+        metadata: Any,
+        credentials: Any,
+        wait_for_ready: bool | None,
+        compression: Any,
+    ) -> Outgoing:
+        links = self._method.way.links
+        assert links is not None
+        links.check_home()
         more = extras(credentials, compression)
-        return _Watched(self._way, self._method, starter, request, timeout, metadata, more)
+        return Outgoing(self._method, starter, request, timeout, metadata, wait_for_ready, more)
 
 
 class _UnaryUnary(_Stub, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg]  # generic in the stubs only
@@ -215,20 +141,14 @@ class _UnaryUnary(_Stub, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg
         compression: Any = None,
     ) -> tuple[Any, Any]:
         method, more = self._method, extras(credentials, compression)
-        message = method.write(request)
-        course = Course(
-            self._way,
-            method.name,
-            timeout,
-            metadata,
-            is_idempotent=method.is_idempotent,
-            is_replayable=True,
-            is_stream=False,
-        )
+        message = request if method.serializer is None else method.serializer(request)
+        course = Course(method, timeout, metadata, wait_for_ready)
         try:
+            while pause := course.step():
+                time.sleep(pause)
+            if course.is_hedged:
+                return _race(course, method, message, more)
             while True:
-                while pause := course.step():
-                    time.sleep(pause)
                 try:
                     start = method.on(course.link).with_call
                     reply: tuple[Any, Any] = start(message, timeout=course.timeout, metadata=course.sent, **more)
@@ -236,8 +156,9 @@ class _UnaryUnary(_Stub, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg
                 except grpc.RpcError as error:
                     if not course.fail(error):
                         raise
-            course.head()
-            course.end()
+                while pause := course.step():
+                    time.sleep(pause)
+            course.good()
             return reply
         finally:
             course.give_up()
@@ -251,7 +172,8 @@ class _UnaryUnary(_Stub, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> Any:
-        return self._watch("future", self._method.write(request), timeout, metadata, credentials, compression).inner
+        message = self._method.write(request)
+        return SyncFuture(self._outgoing("future", message, timeout, metadata, credentials, wait_for_ready, compression))
 
 
 class _UnaryStream(_Stub, grpc.UnaryStreamMultiCallable):  # type: ignore[type-arg]  # generic in the stubs only
@@ -264,7 +186,8 @@ class _UnaryStream(_Stub, grpc.UnaryStreamMultiCallable):  # type: ignore[type-a
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> Any:
-        return _Responses(self._watch("", self._method.write(request), timeout, metadata, credentials, compression))
+        message = self._method.write(request)
+        return Responses(self._outgoing("", message, timeout, metadata, credentials, wait_for_ready, compression))
 
 
 class _StreamUnary(_Stub, grpc.StreamUnaryMultiCallable):  # type: ignore[type-arg]  # generic in the stubs only
@@ -300,7 +223,7 @@ class _StreamUnary(_Stub, grpc.StreamUnaryMultiCallable):  # type: ignore[type-a
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> Any:
-        return self._watch("future", request_iterator, timeout, metadata, credentials, compression).inner
+        return SyncFuture(self._outgoing("future", request_iterator, timeout, metadata, credentials, wait_for_ready, compression))
 
 
 class _StreamStream(_Stub, grpc.StreamStreamMultiCallable):  # type: ignore[type-arg]  # generic in the stubs only
@@ -313,4 +236,37 @@ class _StreamStream(_Stub, grpc.StreamStreamMultiCallable):  # type: ignore[type
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> Any:
-        return _Responses(self._watch("", request_iterator, timeout, metadata, credentials, compression))
+        return Responses(self._outgoing("", request_iterator, timeout, metadata, credentials, wait_for_ready, compression))
+
+
+def _race(course: Course, method: Method, message: Any, more: dict[str, Any]) -> tuple[Any, Any]:
+    """hedge: of the attempts under way, the one that ends first. gRPC's threads move them, and this one waits."""
+    under_way: dict[Any, Leg] = {}
+    landed: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    pause = 0.0
+    try:
+        while True:
+            while pause > 0.0:
+                time.sleep(pause)
+                pause = course.step()
+            if pause != OTHERS:
+                attempt = method.on(course.link).future(message, timeout=course.timeout, metadata=course.sent, **more)
+                under_way[attempt] = course.put_aside()
+                attempt.add_done_callback(landed.put)
+            try:
+                ended = landed.get(timeout=course.hedge_after())
+            except queue.Empty:
+                # All are slow: another endpoint is asked for the same.
+                pause = course.step()
+                continue
+            course.take_up(under_way.pop(ended))
+            if ended.code() is grpc.StatusCode.OK:
+                course.good()
+                return ended.result(), ended
+            if not course.fail(ended):
+                raise ended
+            pause = course.step()
+    finally:
+        for attempt, leg in under_way.items():
+            attempt.cancel()
+            course.drop(leg)

@@ -239,6 +239,31 @@ impl Engine {
         }
     }
 
+    /// `begin` and the first `next` of a gRPC call, in one crossing: the call, its end, and what `next` says.
+    #[pyo3(signature = (service, path, headers, now, deadline=None, idempotent=None, replayable=true, attempt=0, peer=None))]
+    #[allow(clippy::too_many_arguments)] // as for `begin`
+    fn depart<'py>(
+        &self,
+        py: Python<'py>,
+        service: &str,
+        path: &str,
+        headers: &Bound<'py, PyList>,
+        now: f64,
+        deadline: Option<f64>,
+        idempotent: Option<bool>,
+        replayable: bool,
+        attempt: u32,
+        peer: Option<&str>,
+    ) -> PyResult<(Call, f64, Bound<'py, PyTuple>)> {
+        let mut call = self.begin(
+            py, service, "POST", path, headers, now, deadline, idempotent, replayable, attempt, None, None, None, None,
+            None, peer, false, None,
+        )?;
+        let step = call.next(py, now)?;
+        let end = call.deadline();
+        Ok((call, end, step))
+    }
+
     fn check(&self, service: &str, address: &str, is_healthy: bool, now: f64) -> bool {
         self.core.check(service, address, is_healthy, seconds(now))
     }
@@ -461,6 +486,11 @@ impl Call {
             add_state(py, &mut headers, self.call.attempts())?;
         }
         PyList::new(py, headers)
+    }
+
+    /// The trace that this call begins, where it is part of none: the same for all its attempts.
+    fn traceparent(&mut self, sample: f64) -> &str {
+        self.call.traceparent(sample)
     }
 
     /// `is_whole`: the body is here too, so that an answer that is delivered ends the call.

@@ -1,0 +1,256 @@
+"""What does a thread get back from a mesh channel for a call that gRPC moves on threads of its own?
+
+`SyncFuture` for `future()` and for streams of requests with one answer, `Responses` for streams of answers. A call whose request is one
+message is tried again as elsewhere, before its answer begins. Who does that differs, since no thread is here to wait: a future goes on
+in gRPC's callback (or, after a pause, in a timer of that one pause), a stream of answers in the thread that reads it. A stream of requests
+is sent once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from meshlib.call import Call
+
+from .grpc_course import Course
+from .grpc_way import Method
+
+CANCELLED = grpc.StatusCode.CANCELLED
+
+
+class Outgoing:
+    """A call with what is needed to send it again."""
+
+    __slots__ = ("_method", "_more", "_request", "_starter", "course")
+
+    def __init__(
+        self, method: Method, starter: str, request: Any, timeout: float | None, metadata: Any, ready: bool | None, more: Any
+    ) -> None:
+        self._method = method
+        self._starter = starter
+        self._more = more
+        self.course = Course(method, timeout, metadata, ready)
+        self._request = request if method.is_replayable else _counted(request, self.course)
+
+    def send(self) -> Any:
+        """Make the attempt that `step` picked."""
+        course = self.course
+        try:
+            start = self._method.on(course.link)
+            if self._starter:
+                start = getattr(start, self._starter)
+            return start(self._request, timeout=course.timeout, metadata=course.sent, **self._more)
+        except BaseException:
+            course.give_up()
+            raise
+
+
+def _counted(requests: Any, course: Course) -> Iterator[Any]:
+    """The caller's messages, counted as gRPC asks for them."""
+    for request in requests:
+        course.written += 1
+        yield request
+
+
+class SyncFuture(grpc.Future, grpc.Call):  # type: ignore[type-arg]  # generic in the stubs only
+    """A call with one answer, as gRPC's own future. `mesh_call` tells the decisions."""
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
+        self._course = outgoing.course
+        self._is_over = threading.Event()
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], Any]] = []
+        self._is_cancelled = False
+        self._inner: Any = None
+        # A refusal of the mesh after the first attempt; that of the first is raised to who calls.
+        self._error: Any = None
+        while pause := self._course.step():
+            time.sleep(pause)
+        self._launch()
+
+    @property
+    def mesh_call(self) -> Call | None:
+        """The decisions that were taken for this call: `mesh_call.explain()`."""
+        return self._course.call
+
+    def _launch(self) -> None:
+        inner = self._inner = self._outgoing.send()
+        if self._is_cancelled:
+            inner.cancel()
+        inner.add_done_callback(self._landed)
+
+    def _landed(self, inner: Any) -> None:
+        """gRPC's callback at the end of an attempt."""
+        code = inner.code()
+        course = self._course
+        if code is grpc.StatusCode.OK:
+            course.good()
+        elif code is CANCELLED or not course.fail(inner):
+            course.give_up()
+        else:
+            self._again()
+            return
+        self._end()
+
+    def _again(self) -> None:
+        try:
+            pause = self._course.step()
+            if pause:
+                timer = threading.Timer(pause, self._again)
+                timer.daemon = True
+                timer.start()
+            else:
+                self._launch()
+        except grpc.RpcError as error:
+            self._error = error
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._is_over.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def _settled(self, timeout: float | None = None) -> Any:
+        """What answers for the call, once it is over: gRPC's own attempt, or the mesh's refusal."""
+        if not self._is_over.wait(timeout):
+            raise grpc.FutureTimeoutError
+        return self._inner if self._error is None else self._error
+
+    def cancel(self) -> bool:
+        if self._is_over.is_set():
+            return False
+        self._is_cancelled = True
+        self._inner.cancel()
+        return True
+
+    def cancelled(self) -> bool:
+        return self._is_over.is_set() and self._error is None and bool(self._inner.cancelled())
+
+    def running(self) -> bool:
+        return not self._is_over.is_set()
+
+    is_active = running
+
+    def done(self) -> bool:
+        return self._is_over.is_set()
+
+    def result(self, timeout: float | None = None) -> Any:
+        settled = self._settled(timeout)
+        if self._error is not None:
+            raise self._error
+        return settled.result()
+
+    def exception(self, timeout: float | None = None) -> Any:
+        settled = self._settled(timeout)
+        return self._error if self._error is not None else settled.exception()
+
+    def traceback(self, timeout: float | None = None) -> Any:
+        settled = self._settled(timeout)
+        return self._error.__traceback__ if self._error is not None else settled.traceback()
+
+    def add_done_callback(self, callback: Callable[[Any], Any]) -> None:
+        if not self.add_callback(lambda: callback(self)):
+            callback(self)
+
+    def add_callback(self, callback: Callable[[], Any]) -> bool:
+        with self._lock:
+            if self._is_over.is_set():
+                return False
+            self._callbacks.append(callback)
+            return True
+
+    def time_remaining(self) -> Any:
+        return self._inner.time_remaining()
+
+    def initial_metadata(self) -> Any:
+        return self._settled().initial_metadata()
+
+    def trailing_metadata(self) -> Any:
+        return self._settled().trailing_metadata()
+
+    def code(self) -> Any:
+        return self._settled().code()
+
+    def details(self) -> Any:
+        return self._settled().details()
+
+
+class Responses:
+    """A stream of answers. Everything that is not here is gRPC's own call of the attempt that counts."""
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
+        self._course = outgoing.course
+        self._lock = threading.RLock()
+        self._inner: Any = None
+        self._launch()
+
+    @property
+    def mesh_call(self) -> Call | None:
+        """The decisions that were taken for this call: `mesh_call.explain()`."""
+        return self._course.call
+
+    def _launch(self) -> None:
+        while pause := self._course.step():
+            time.sleep(pause)
+        inner = self._inner = self._outgoing.send()
+        if not inner.add_callback(lambda: self._ended(inner)):
+            self._ended(inner)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        course = self._course
+        while True:
+            try:
+                message = next(self._inner)
+            except grpc.RpcError:
+                if not self._goes_on():
+                    raise
+                self._launch()
+                continue
+            course.received += 1
+            with self._lock:
+                course.head()
+            return message
+
+    next = __next__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __del__(self) -> None:
+        inner = self.__dict__.get("_inner")
+        if inner is not None:
+            inner.cancel()
+
+    def _goes_on(self) -> bool:
+        """The attempt failed under the eyes of who reads. True: before its answer began, and there is another."""
+        with self._lock:
+            course, inner = self._course, self._inner
+            if course.is_headed or course.is_over or inner.code() is CANCELLED:
+                return False
+            return course.fail(inner)
+
+    def _ended(self, inner: Any) -> None:
+        """gRPC says that an attempt is over."""
+        code = inner.code()
+        with self._lock:
+            course = self._course
+            if inner is not self._inner or course.is_over:
+                return
+            if code is grpc.StatusCode.OK or course.is_headed:
+                course.head()
+                course.end(code, is_cancelled=code is CANCELLED)
+            elif code is CANCELLED:
+                course.give_up()
+            # Otherwise who reads finds it failed, and may try again.
