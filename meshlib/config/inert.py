@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .levels import HASHING
-from .policy import GuardPolicy, RoutePolicy, ServicePolicy
+from .policy import GuardPolicy, ServicePolicy
 from .text import Path, Text
 
 SAFE: Final = ("GET", "HEAD", "OPTIONS")
@@ -117,8 +117,6 @@ def _per_try(found: Text, services: Mapping[str, ServicePolicy]) -> None:
     """A time for attempts that no call has."""
     read: dict[Path, list[tuple[float, float]]] = {}
     for service in services.values():
-        if service.protocol == "grpc":
-            continue  # it has no such time at all
         at: Path = ("services", service.name)
         for index, route in enumerate(service.routes):
             places = ((*at, "route", index, "retry", "per_try"), (*at, "retry", "per_try"), ("retry", "per_try"))
@@ -134,7 +132,7 @@ def _per_try(found: Text, services: Mapping[str, ServicePolicy]) -> None:
 def _hedge(found: Text, at: Path, service: ServicePolicy) -> None:
     """Hedges of what may never be sent twice."""
     if service.protocol == "grpc":
-        return  # never, whatever the caller says
+        return  # methods are declared where the channel is made
     can_hedge = []
     for index, route in enumerate(service.routes):
         retry, place = route.retry, (*at, "route", index, "retry")
@@ -152,29 +150,21 @@ def _grpc(found: Text, services: Mapping[str, ServicePolicy]) -> None:
     for section, key, is_on in _NOT_FOR_GRPC:
         following: list[bool] = []
         for service in services.values():
-            at: Path = ("services", service.name)
-            inner: list[tuple[Path, ServicePolicy | RoutePolicy]] = [(at, service)]
-            if section == "retry":
-                inner += [((*at, "route", index), route) for index, route in enumerate(service.routes)]
-            places = [((*owner_at, section, key), owner) for owner_at, owner in inner]
+            place: Path = ("services", service.name, section, key)
             if service.protocol != "grpc":
                 following.append(False)
-            elif places[0][0] not in found.lines:
-                following.append(any(is_on(owner) for _, owner in places))
-            for place, owner in places:
-                if service.protocol == "grpc" and place in found.lines and is_on(owner):
-                    found.refuse(place, f"{key} is not for gRPC yet: no effect on calls to {service.name}", "leave it out")
+            elif place not in found.lines:
+                following.append(is_on(service))
+            elif is_on(service):
+                found.refuse(place, f"{key} is not for gRPC yet: no effect on calls to {service.name}", "leave it out")
         if (section, key) in found.lines and following and all(following):
             found.refuse((section, key), f"{key} is not for gRPC yet, and all services that follow speak it", "leave it out")
 
 
 # Section, key, and whether one who has it wants something.
 _NOT_FOR_GRPC: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
-    ("retry", "per_try", lambda one: one.retry.per_try > 0),
-    ("retry", "hedge", lambda one: one.retry.hedge),
     ("balance", "sticky", lambda one: one.balance.sticky is not None),
     ("balance", "weights", lambda one: one.balance.weights == "orca"),
-    ("admit", "pending", lambda one: one.admit.pending > 0),
 )
 
 _NEVER: Final = "hedge without effect: such calls are sent twice only if the caller says that they are idempotent"

@@ -69,13 +69,8 @@ def _service(config: Config, service: ServicePolicy) -> Json:
         "routes": [_route(route) for route in service.routes],
         "budget": _budget(service.retry.budget),
         "balance": _balance(service.balance),
-        "admit": _admit(_queued(service), service.rates, connect=service.admit.connect),
+        "admit": _admit(service.admit, service.rates, connect=service.admit.connect),
     }
-
-
-def _queued(service: ServicePolicy) -> doc.Admit:
-    """Calls of gRPC don't wait for a permit: their drivers have no place for it yet, so they are refused at once."""
-    return service.admit if service.protocol != "grpc" else service.admit.model_copy(update={"pending": 0})
 
 
 def _guard(guard: GuardPolicy) -> Json:
