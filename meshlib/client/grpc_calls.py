@@ -58,7 +58,7 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
             course = self._course = Course(method, timeout, metadata, wait_for_ready)
             pause = course.step()
             if pause or course.is_hedged:
-                self._go_on(pause)
+                self._rest = asyncio.get_running_loop().create_task(self._race(course, pause))
             else:
                 self._start(course)
         except grpc.aio.AioRpcError as error:
@@ -217,14 +217,11 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
         """The attempt ended, and a success would have ended the course."""
         return self._course is not None and not self._course.is_over
 
-    def _go_on(self, pause: float | None = None) -> None:
-        """A task takes the call on: from the attempt under way, or (`pause` given) from a first `step` that said to wait so long."""
+    def _go_on(self) -> None:
+        """The attempt under way has failed: a task takes the call on."""
         if self._rest is None:
-            course = self._course
-            assert course is not None
-            is_race = pause is not None and (pause > 0.0 or course.is_hedged)
-            way = self._race(course, pause or 0.0) if is_race else self._attempts(course)
-            self._rest = asyncio.get_running_loop().create_task(way)
+            assert self._course is not None
+            self._rest = asyncio.get_running_loop().create_task(self._attempts(self._course))
 
     async def _attempts(self, course: Course) -> None:
         """What becomes of the call after the first attempt failed. Never raises but CancelledError."""
