@@ -109,6 +109,11 @@ def _served(case: str, mode: str, peer: str, metric: str, relation: str, wanted:
     return Goal(case, mode, peer, metric, relation, wanted, script="server", is_ratio=bool(peer))
 
 
+def _called(case: str, mode: str, peer: str, metric: str, relation: str, wanted: float | None) -> Goal:
+    """Of gRPC."""
+    return Goal(case, mode, peer, metric, relation, wanted, script="grpc_calls", is_ratio=bool(peer))
+
+
 GOALS: Final[tuple[Goal, ...]] = (
     *_faster("get/mtls", "meshlib", "httpx", {"c=1": 6.0, "c=64": 50.0}, "get/plain"),
     *_faster("get/mtls", "meshlib", "httpx-envoy-pair", {"c=1": 6.0, "c=64": 40.0}),
@@ -154,6 +159,27 @@ GOALS: Final[tuple[Goal, ...]] = (
     _served("connect-resumed/mtls/c=1", "meshlib", "ssl", "cpu_us", AT_MOST, 1 / 2.5),
     _served("kept/mtls/c=32", "meshlib", "ssl", "rps", AT_LEAST, 1.0),
     _served("kept/mtls/c=32", "meshlib-no-sdk", "ssl", "rps", AT_LEAST, None),
+    _called("unary-aio/plain/c=1", "meshlib", "bare", "cpu_us", AT_MOST, 1.08),
+    _called("unary-aio/plain/c=64", "meshlib", "bare", "rps", AT_LEAST, 0.92),
+    _called("unary-aio/plain/c=64", "meshlib", "bare", "cpu_us", AT_MOST, None),
+    _called("unary-aio/plain/c=64", "meshlib", "grpc-xds", "rps", AT_LEAST, 0.96),
+    _called("unary-sync/plain/c=1", "meshlib", "bare", "cpu_us", AT_MOST, 1.08),
+    _called("unary-sync/plain/c=64", "meshlib", "bare", "rps", AT_LEAST, 0.92),
+    *(_called(f"unary-{kind}/plain/c=1", "meshlib", "bare-no-retries", "cpu_us", AT_MOST, None) for kind in ("aio", "sync")),
+    *(_called(f"unary-{kind}/plain/c=64", "meshlib", "bare-no-retries", "rps", AT_LEAST, None) for kind in ("aio", "sync")),
+    *(
+        _called(f"added-{what}", "meshlib", "", metric, AT_MOST, None)
+        for what in ("aio/plain/c=1", "aio/plain/c=64", "sync/plain/c=1")
+        for metric in ("added_us", "ratio")
+    ),
+    _called("unary-aio/mtls/c=64", "meshlib", "envoy-pair", "rps", AT_LEAST, 2.0),
+    _called("unary-aio/mtls/c=1", "meshlib", "envoy-pair", "p50_us", AT_MOST, 0.6),
+    _called("unary-aio/mtls/c=64", "meshlib", "bare", "rps", AT_LEAST, None),
+    _called("unary-aio/mtls/c=1", "meshlib", "bare", "p50_us", AT_MOST, None),
+    _called("stream-aio/plain/c=1", "meshlib", "bare", "rps", AT_LEAST, 0.95),
+    _called("chat-aio/plain/c=1", "meshlib", "bare", "rps", AT_LEAST, None),
+    *(_called(f"served-{kind}/plain/c=64", "meshlib", "bare", "rps", AT_LEAST, 0.92) for kind in ("aio", "sync")),
+    *(_called(f"served-{kind}/plain/c=64", "meshlib", "bare", "cpu_us", AT_MOST, None) for kind in ("aio", "sync")),
 )
 
 

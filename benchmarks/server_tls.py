@@ -16,7 +16,7 @@ import time
 from .client_modes import Job, meshlib_wire
 from .machine import cpu_of
 from .peers import ANSWER, SERVER_NAME
-from .worker import drive, on_loop
+from .worker import drive_beside, on_loop
 
 WARM = 20
 
@@ -63,17 +63,9 @@ def kept(pid: int, core: int | None, seconds: float, **job: object) -> dict[str,
     if core is not None:
         os.sched_setaffinity(0, {core})
     made = Job(**job)  # type: ignore[arg-type]
-    own: list[float] = []
-    wall: list[float] = []
-
-    def cpu() -> float:
-        own.append(time.process_time())
-        wall.append(time.perf_counter())
-        return cpu_of(pid)
 
     async def main() -> dict[str, float]:
         async with meshlib_wire(made) as calls:
-            found = await drive(calls, seconds, cpu=cpu)
-        return {**found, "client_us": (own[1] - own[0]) / (found["rps"] * (wall[1] - wall[0])) * 1e6}
+            return await drive_beside(calls, pid, seconds)
 
     return on_loop(made.loop, main)

@@ -19,6 +19,7 @@ from .machine import processor
 _PACKAGES: Final = (
     "meshlib-servicemesh",
     "httpx",
+    "grpcio",
     "aiohttp",
     "pyreqwest",
     "uvloop",

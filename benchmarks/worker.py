@@ -23,6 +23,7 @@ from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
+from .machine import cpu_of
 from .peers import ANSWER, Absent
 
 # No more calls than this in one measurement: the latencies are kept, and the sockets of peers are not endless.
@@ -93,15 +94,34 @@ async def drive(
     return figures(took, wall, cpu() - before)
 
 
+async def drive_beside(
+    calls: Sequence[Callable[[], Awaitable[bytes]]], pid: int, seconds: float, length: int = LENGTH
+) -> dict[str, float]:
+    """The same, where `cpu_us` is the CPU of a server, and `client_us` our own."""
+    own: list[float] = []
+    wall: list[float] = []
+
+    def cpu() -> float:
+        own.append(time.process_time())
+        wall.append(time.perf_counter())
+        return cpu_of(pid)
+
+    found = await drive(calls, seconds, length, cpu)
+    return {**found, "client_us": (own[1] - own[0]) / (found["rps"] * (wall[1] - wall[0])) * 1e6}
+
+
 async def drive_in_turn(
-    ones: Sequence[Callable[[], Awaitable[bytes]]], others: Sequence[Callable[[], Awaitable[bytes]]], seconds: float
+    ones: Sequence[Callable[[], Awaitable[bytes]]],
+    others: Sequence[Callable[[], Awaitable[bytes]]],
+    seconds: float,
+    length: int = LENGTH,
 ) -> dict[str, float]:
     """What `ones` take more than `others`: both in this process, in short slices by turns, so that nothing else differs."""
 
     async def ask(call: Callable[[], Awaitable[bytes]], end: float) -> int:
         count = 0
         while time.perf_counter() < end or not count:
-            if len(await call()) != LENGTH:
+            if len(await call()) != length:
                 raise RuntimeError("a wrong answer")
             count += 1
         return count
@@ -133,7 +153,7 @@ async def drive_in_turn(
     }
 
 
-def drive_threads(calls: Sequence[Callable[[], bytes]], seconds: float) -> dict[str, float]:
+def drive_threads(calls: Sequence[Callable[[], bytes]], seconds: float, length: int = LENGTH) -> dict[str, float]:
     """One thread for each of `calls`, all at once."""
     failures: list[BaseException] = []
 
@@ -143,7 +163,7 @@ def drive_threads(calls: Sequence[Callable[[], bytes]], seconds: float) -> dict[
         try:
             while (now < end and count < most) or count < least:
                 begun = now
-                if len(call()) != LENGTH:
+                if len(call()) != length:
                     raise RuntimeError("a wrong answer")
                 now = clock()
                 took.append(now - begun)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import client, decide, guard, handshake, memory, native, receiver, server, swap
+from benchmarks import client, decide, grpc_calls, grpc_peers, guard, handshake, memory, native, receiver, server, swap
 from benchmarks.goals import GOALS, Goal, judged
 from benchmarks.harness import Comparison, Results, Run, in_process, in_processes, write_json
 from benchmarks.peers import ROOT, Absent, Broken, Peers
@@ -29,7 +29,7 @@ def measure(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     """The rows of a short real run. Skips where a peer is absent."""
     file = tmp_path / "rows.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments, "--brief", "--rounds", "1", "--seconds", "0.2", "--json", str(file)],
+        [sys.executable, "-m", "benchmarks", "--brief", "--rounds", "1", "--seconds", "0.2", "--json", str(file), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -227,6 +227,55 @@ def test_spans_are_not_taken_for_sent_where_there_is_no_receiver(monkeypatch: py
         _ = Peers(tmp_path, stack).receiver
 
 
+CALLED = {"rps", "cpu_us", "p50_us", "p99_us"}
+
+
+@pytest.mark.parametrize("case", [case for case in grpc_calls.PLAIN if case.startswith("unary") and case.endswith("=1")])
+def test_grpc_calls_measures_the_mesh_and_grpcio_in_plain_text(tmp_path: Path, case: str) -> None:
+    """nginx answers; a message that does not come whole, or a status but OK, ends the run with an error."""
+    check(measure(tmp_path, "grpc_calls", "--case", case), {(case, mode): CALLED for mode in grpc_calls.PLAIN[case]})
+
+
+@pytest.mark.parametrize("case", ["unary-sync/plain/c=64", "stream-aio/plain/c=1", "chat-aio/plain/c=1"])
+def test_grpc_calls_measures_threads_and_streams(tmp_path: Path, case: str) -> None:
+    """Of the mesh alone: grpcio goes the same way through the script."""
+    check(measure(tmp_path, "grpc_calls", "--case", case, "--mode", "meshlib"), {(case, "meshlib"): CALLED})
+
+
+@pytest.mark.parametrize("case", [case for case in grpc_calls.PLAIN if case.startswith("added")])
+def test_grpc_calls_measures_what_the_mesh_adds_by_turns(tmp_path: Path, case: str) -> None:
+    """Both channels in one process; what it adds may be less than nothing in so short a time."""
+    rows = measure(tmp_path, "grpc_calls", "--case", case)
+    assert {(row["mode"], row["metric"]) for row in rows} == {("meshlib", metric) for metric in ("cpu_us", "added_us", "ratio")}
+
+
+@pytest.mark.parametrize("mode", ["meshlib", "bare", "envoy-pair"])
+def test_grpc_calls_measures_mutual_tls(tmp_path: Path, mode: str) -> None:
+    """Of the mesh, of grpcio itself, and of two sidecars."""
+    case = "unary-aio/mtls/c=1"
+    check(measure(tmp_path, "grpc_calls", "--case", case, "--mode", mode), {(case, mode): CALLED})
+
+
+@pytest.mark.parametrize("case", list(grpc_calls.SERVED))
+def test_grpc_calls_measures_servers(tmp_path: Path, case: str) -> None:
+    """With and without the mesh, by the same caller, whose CPU is told beside the server's."""
+    expected = {(case, mode): {*CALLED, "client_us"} for mode in grpc_calls.SERVED[case]}
+    check(measure(tmp_path, "grpc_calls", "--case", case, "--seconds", "0.5"), expected)
+
+
+def test_grpc_calls_measures_grpcio_with_its_own_balancer(tmp_path: Path) -> None:
+    """Who answers is known by a control plane only."""
+    case = "unary-aio/plain/c=64"
+    check(measure(tmp_path, "grpc_calls", "--case", case, "--mode", "grpc-xds"), {(case, "grpc-xds"): CALLED})
+
+
+def test_grpcio_has_no_balancer_where_there_is_no_control_plane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The mode is absent then, with the package that is missing."""
+    monkeypatch.setattr(grpc_peers, "ROOT", tmp_path)
+    with contextlib.ExitStack() as stack, pytest.raises(Absent, match="xds-protos is not installed"):
+        _ = grpc_peers.GrpcPeers(Peers(tmp_path, stack)).bootstrap
+
+
 def children(pid: int) -> set[int]:
     found = set()
     for entry in Path("/proc").iterdir():
@@ -413,12 +462,13 @@ def test_both_sides_of_every_goal_are_measured(tmp_path: Path) -> None:
             "guard": guard.runs(peers),
             "decide": decide.runs(peers),
             "server": server.runs(peers),
+            "grpc_calls": grpc_calls.runs(peers),
         }
     keys = {(script, run.case, run.mode) for script, runs in made.items() for run in runs}
     wanted = {(each.script, *side) for each in GOALS for side in (each.ours, each.theirs)}
     assert wanted - keys == set()
     # What isn't about the outbound path is judged where its own script is run.
-    assert {each.script for each in GOALS} <= {"client", *client.WITH, "guard", "decide", "server"}
+    assert {each.script for each in GOALS} <= {"client", *client.WITH, "guard", "decide", "server", "grpc_calls"}
 
 
 # --- processes
