@@ -169,7 +169,7 @@ GOALS: Final[tuple[Goal, ...]] = (
     *(_called(f"unary-{kind}/plain/c=64", "meshlib", "bare-no-retries", "rps", AT_LEAST, None) for kind in ("aio", "sync")),
     *(
         _called(f"added-{what}", "meshlib", "", metric, AT_MOST, None)
-        for what in ("aio/plain/c=1", "aio/plain/c=64", "sync/plain/c=1")
+        for what in ("aio/plain/c=1", "aio/plain/c=64", "sync/plain/c=1", "served-aio/plain/c=64", "served-sync/plain/c=64")
         for metric in ("added_us", "ratio")
     ),
     _called("unary-aio/mtls/c=64", "meshlib", "envoy-pair", "rps", AT_LEAST, 2.0),

@@ -37,6 +37,8 @@ PLAIN: Final = {
 }
 PRIVATE: Final = {f"unary-aio/mtls/c={count}": ("meshlib", "bare", "envoy-pair") for count in (1, 64)}
 SERVED: Final = {f"served-{kind}/plain/c=64": ("meshlib", "bare") for kind in ("aio", "sync")}
+# The server's side of `added`.
+BY_TURNS: Final = {f"added-{case}": case for case in SERVED}
 
 
 def runs(peers: Peers) -> list[Run]:
@@ -45,6 +47,7 @@ def runs(peers: Peers) -> list[Run]:
         *(_plain(sides, case, mode) for case, modes in PLAIN.items() for mode in modes),
         *(_private(sides, case, mode) for case, modes in PRIVATE.items() for mode in modes),
         *(_served(sides, case, mode) for case, modes in SERVED.items() for mode in modes),
+        *(_served(sides, case, "meshlib", by_turns_as=name) for name, case in BY_TURNS.items()),
     ]
 
 
@@ -111,19 +114,20 @@ def _private(sides: GrpcPeers, case: str, mode: str) -> Run:
     return Run(case, mode, job, is_serial=count == 1)
 
 
-def _served(sides: GrpcPeers, case: str, mode: str) -> Run:
+def _served(sides: GrpcPeers, case: str, mode: str, *, by_turns_as: str = "") -> Run:
     """The same bare client for both. `cpu_us` is the server's here."""
     _, kind, count = _what(case)
 
     def measure(seconds: float) -> dict[str, float]:
         own = cores()
         with echoing(sides.peers, kind, config=sides.server_mesh() if mode == "meshlib" else "") as served:
-            core = None
             if len(own) > 1:
                 # A core each: the server needs more than the client, and so is what limits both.
                 pin(served.pid, {own[-1]})
-                core = own[0]
             job: dict[str, Any] = {"mode": "bare", "what": "unary", "count": count, "address": served.address}
-            return in_process(WORK + "beside", pid=served.pid, core=core, **job)(seconds)
+            job |= {"pid": served.pid, "core": own[0] if len(own) > 1 else None}
+            if by_turns_as:
+                return in_process(WORK + "added_served", beside=served.beside, **job)(seconds)
+            return in_process(WORK + "loaded", **job)(seconds)
 
-    return Run(case, mode, measure)
+    return Run(by_turns_as or case, mode, measure)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 
 from .grpc_peers import BODY, CALL, CHAT, STREAM
+from .machine import clock_of
 from .peers import SERVER_NAME
 from .worker import drive, drive_beside, drive_in_turn, drive_threads, on_loop
 
@@ -66,7 +67,7 @@ def added_sync(seconds: float, **job: Any) -> dict[str, float]:
     """The same for one thread: nobody else wants the loop on which it takes turns."""
     made = Job(**job)
 
-    def caller(channel: grpc.Channel) -> Ask:
+    def caller(channel: Any) -> Ask:
         call = channel.unary_unary(CALL, _registered_method=True)
 
         async def ask() -> bytes:
@@ -81,12 +82,26 @@ def added_sync(seconds: float, **job: Any) -> dict[str, float]:
     return on_loop(made.loop, main)
 
 
+def added_served(pid: int, beside: str, core: int | None, seconds: float, **job: Any) -> dict[str, float]:
+    """The CPU of a server's process for a call, above that for a call to the bare server `beside` in the same process."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    made = Job(**job)
+
+    async def main() -> dict[str, float]:
+        async with bare(made) as one, bare(replace(made, address=beside)) as other:
+            async with unary(one, made.count) as ones, unary(other, made.count) as others:
+                return _as_ratio(await drive_in_turn(ones, others, seconds, LENGTH, lambda: clock_of(pid)))
+
+    return on_loop(made.loop, main)
+
+
 def _as_ratio(found: dict[str, float]) -> dict[str, float]:
     return {**found, "ratio": found["cpu_us"] / (found["cpu_us"] - found["added_us"])}
 
 
-def beside(pid: int, core: int | None, seconds: float, **job: Any) -> dict[str, float]:
-    """The same for a server's sake. `core` is our own; None where there is but one."""
+def loaded(pid: int, core: int | None, seconds: float, **job: Any) -> dict[str, float]:
+    """For a server's sake. `core` is our own; None where there is but one."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     made = Job(**job)
@@ -109,7 +124,7 @@ def threads(seconds: float, **job: Any) -> dict[str, float]:
 
 
 @contextlib.asynccontextmanager
-async def unary(channel: grpc.aio.Channel, count: int) -> AsyncIterator[list[Ask]]:
+async def unary(channel: Any, count: int) -> AsyncIterator[list[Ask]]:
     call = channel.unary_unary(CALL, _registered_method=True)
 
     async def ask() -> bytes:
@@ -119,10 +134,10 @@ async def unary(channel: grpc.aio.Channel, count: int) -> AsyncIterator[list[Ask
 
 
 @contextlib.asynccontextmanager
-async def stream(channel: grpc.aio.Channel, count: int) -> AsyncIterator[list[Ask]]:
+async def stream(channel: Any, count: int) -> AsyncIterator[list[Ask]]:
     """Read as `async for` does it. A response of very many messages that is at its end is asked for again."""
     method = channel.unary_stream(STREAM, _registered_method=True)
-    under_way = []
+    under_way: list[Any] = []
 
     def caller() -> Ask:
         call: Any = None
@@ -148,7 +163,7 @@ async def stream(channel: grpc.aio.Channel, count: int) -> AsyncIterator[list[As
 
 
 @contextlib.asynccontextmanager
-async def chat(channel: grpc.aio.Channel, count: int) -> AsyncIterator[list[Ask]]:
+async def chat(channel: Any, count: int) -> AsyncIterator[list[Ask]]:
     """One message there, one back, on a stream of its own for each caller."""
     method = channel.stream_stream(CHAT, _registered_method=True)
     calls = [method() for _ in range(count)]
@@ -245,4 +260,4 @@ ASYNC: Final = {
     "grpc-xds": grpc_xds,
     "envoy-pair": bare,
 }
-BLOCKING: Final = {"meshlib": meshlib_sync, "bare": bare_sync, "bare-no-retries": bare_sync_no_retries}
+BLOCKING: Final[dict[str, Any]] = {"meshlib": meshlib_sync, "bare": bare_sync, "bare-no-retries": bare_sync_no_retries}

@@ -38,15 +38,17 @@ class Served:
 
     address: str
     pid: int
+    # Of a bare server in the same process.
+    beside: str
 
 
 @contextlib.contextmanager
 def echoing(peers: Peers, kind: str, *, config: str = "", identity: str = "") -> Iterator[Served]:
     """A server of grpcio, `aio` or `sync`; with the mesh's `config` in the mesh, with an `identity` alone behind grpcio's own mutual TLS."""
-    port = free_port()
-    command = [sys.executable, "-m", "benchmarks.grpc_servers", kind, str(port), "--config", config, "--identity", identity]
-    with running(peers.folder, *command, port=port) as child:
-        yield Served(f"127.0.0.1:{port}", child.pid)
+    port, beside = free_port(), free_port()
+    command = [sys.executable, "-m", "benchmarks.grpc_servers", kind, str(port), str(beside), "--config", config]
+    with running(peers.folder, *command, "--identity", identity, port=port) as child:
+        yield Served(f"127.0.0.1:{port}", child.pid, f"127.0.0.1:{beside}")
 
 
 class GrpcPeers:

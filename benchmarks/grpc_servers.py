@@ -1,8 +1,8 @@
 """How does each gRPC server give the same answer?
 
-`python -m benchmarks.grpc_servers aio|sync PORT`: a server of grpcio whose handlers give back what they got, as bytes. With `--config` it is the service `orders`
+`python -m benchmarks.grpc_servers aio|sync PORT BESIDE`: a server of grpcio whose handlers give back what they got, as bytes. With `--config` it is the service `orders`
 of that mesh, by the mesh's interceptors and its port; with `--identity` it stands behind grpcio's own mutual TLS; with neither it is
-bare. The asynchronous one is on uvloop, the blocking one has eight threads. Handlers, loop and threads are the same with and without the mesh.
+bare. At the port BESIDE there is always a bare one in the same process, which is idle unless the two are compared by turns. The asynchronous one is on uvloop, the blocking one has eight threads. Handlers, loop and threads are the same with and without the mesh.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grpc_servers")
     parser.add_argument("kind", choices=("aio", "sync"))
     parser.add_argument("port", type=int)
+    parser.add_argument("beside", type=int)
     parser.add_argument("--config", default="")
     parser.add_argument("--identity", default="")
     given = parser.parse_args()
@@ -34,33 +35,36 @@ def main() -> None:
         import meshlib
 
         mesh = meshlib.Mesh.load(given.config, service="orders")
-    address = f"127.0.0.1:{given.port}"
+    # The bare one first: who waits for the other knows that both are there.
+    wanted = [(f"127.0.0.1:{given.beside}", None, ""), (f"127.0.0.1:{given.port}", mesh, given.identity)]
     if given.kind == "sync":
-        _serve(address, mesh, given.identity)
-    else:
+        for server in [_server(*each) for each in wanted]:
+            server.wait_for_termination()
+        return
 
-        async def serve() -> dict[str, float]:
-            await _serve_aio(address, mesh, given.identity)
-            return {}
+    async def serve() -> dict[str, float]:
+        for server in [await _server_aio(*each) for each in wanted]:
+            await server.wait_for_termination()
+        return {}
 
-        on_loop("uvloop", serve)
+    on_loop("uvloop", serve)
 
 
-async def _serve_aio(address: str, mesh: Any, identity: str) -> None:
+async def _server_aio(address: str, mesh: Any, identity: str) -> grpc.aio.Server:
     server = grpc.aio.server(interceptors=list(mesh.grpc_server_interceptors()) if mesh else None)
     server.add_generic_rpc_handlers((_handlers(_call_aio, _chat_aio),))
     _listen(server, address, mesh, identity)
     await server.start()
-    await server.wait_for_termination()
+    return server
 
 
-def _serve(address: str, mesh: Any, identity: str) -> None:
+def _server(address: str, mesh: Any, identity: str) -> grpc.Server:
     interceptors = list(mesh.sync_grpc_server_interceptors()) if mesh else None
     server = grpc.server(futures.ThreadPoolExecutor(THREADS), interceptors=interceptors)
     server.add_generic_rpc_handlers((_handlers(_call, _chat),))
     _listen(server, address, mesh, identity)
     server.start()
-    server.wait_for_termination()
+    return server
 
 
 def _listen(server: Any, address: str, mesh: Any, identity: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def cpu_of(pid: int, *, with_ended: bool = False) -> float:
                 seen[int(entry.name)] = int(fields[1]), sum(map(int, used)) / tick
     family = _family(pid, {child: parent for child, (parent, _) in seen.items()})
     return sum(seen[member][1] for member in family if member in seen)
+
+
+def clock_of(pid: int) -> float:
+    """CPU seconds of one process, all its threads, to the nanosecond: for slices of time in which the ticks of `cpu_of` are too coarse. Linux only."""
+    # As the C library's clock_getcpuclockid makes it.
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def _family(pid: int, parents: dict[int, int]) -> set[int]:

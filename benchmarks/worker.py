@@ -115,8 +115,9 @@ async def drive_in_turn(
     others: Sequence[Callable[[], Awaitable[bytes]]],
     seconds: float,
     length: int = LENGTH,
+    cpu: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:
-    """What `ones` take more than `others`: both in this process, in short slices by turns, so that nothing else differs."""
+    """What `ones` take more than `others`: both by one process, in short slices by turns, so that nothing else differs."""
 
     async def ask(call: Callable[[], Awaitable[bytes]], end: float) -> int:
         count = 0
@@ -127,10 +128,10 @@ async def drive_in_turn(
         return count
 
     async def slice_of(calls: Sequence[Callable[[], Awaitable[bytes]]]) -> float:
-        cpu = time.process_time()
+        before = cpu()
         end = time.perf_counter() + SLICE
         count = sum(await asyncio.gather(*(ask(call, end) for call in calls)))
-        return (time.process_time() - cpu) / count * 1e6
+        return (cpu() - before) / count * 1e6
 
     async def phase(seconds: float) -> list[tuple[float, float]]:
         found: list[tuple[float, float]] = []

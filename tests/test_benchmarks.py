@@ -18,6 +18,7 @@ import pytest
 from benchmarks import client, decide, grpc_calls, grpc_peers, guard, handshake, memory, native, receiver, server, swap
 from benchmarks.goals import GOALS, Goal, judged
 from benchmarks.harness import Comparison, Results, Run, in_process, in_processes, write_json
+from benchmarks.machine import clock_of
 from benchmarks.peers import ROOT, Absent, Broken, Peers
 from benchmarks.table import print_goals, print_results
 from benchmarks.worker import figures
@@ -242,9 +243,9 @@ def test_grpc_calls_measures_threads_and_streams(tmp_path: Path, case: str) -> N
     check(measure(tmp_path, "grpc_calls", "--case", case, "--mode", "meshlib"), {(case, "meshlib"): CALLED})
 
 
-@pytest.mark.parametrize("case", [case for case in grpc_calls.PLAIN if case.startswith("added")])
+@pytest.mark.parametrize("case", [*(case for case in grpc_calls.PLAIN if case.startswith("added")), *grpc_calls.BY_TURNS])
 def test_grpc_calls_measures_what_the_mesh_adds_by_turns(tmp_path: Path, case: str) -> None:
-    """Both channels in one process; what it adds may be less than nothing in so short a time."""
+    """Both channels in one process, or both servers; what it adds may be less than nothing in so short a time."""
     rows = measure(tmp_path, "grpc_calls", "--case", case)
     assert {(row["mode"], row["metric"]) for row in rows} == {("meshlib", metric) for metric in ("cpu_us", "added_us", "ratio")}
 
@@ -362,6 +363,19 @@ def test_figures_are_of_all_calls() -> None:
 
     found = figures(array("d", [n / 1000 for n in range(1, 101)]), 2.0, 1.0)
     assert found == {"rps": 50.0, "cpu_us": 10_000.0, "p50_us": 51_000.0, "p99_us": 100_000.0}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+def test_the_cpu_clock_of_another_process_counts_its_work_and_not_ours() -> None:
+    """One that sleeps uses next to nothing while we work; our own clock tells what we did."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        before, own = clock_of(other.pid), (clock_of(os.getpid()), time.process_time())
+        while time.process_time() - own[1] < 0.05:
+            pass
+        spent, said = time.process_time() - own[1], clock_of(os.getpid()) - own[0]
+        assert clock_of(other.pid) - before < 0.01
+        other.kill()
+    assert said == pytest.approx(spent, abs=0.01)
 
 
 def test_start_prints_what_the_import_costs(tmp_path: Path) -> None:
