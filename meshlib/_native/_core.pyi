@@ -159,13 +159,16 @@ class Engine:
         path: str,
         headers: _Headers,
         now: float,
-        deadline: float | None = None,
-        idempotent: bool | None = None,
-        replayable: bool = True,
-        attempt: int = 0,
-        peer: str | None = None,
-    ) -> tuple[Call, float, tuple[Any, ...]]:
-        """`begin` and the first `next` of a gRPC call: the call, its end, and what `next` says."""
+        deadline: float | None,
+        idempotent: bool | None,
+        replayable: bool,
+        attempt: int,
+        peer: str | None,
+        sample: float | None,
+    ) -> tuple[Call, float, int, str | None, tuple[Any, ...]]:
+        """`begin` and the first `next` of a gRPC call: the call, its deadline, its extras, the trace that it begins (if `sample` is
+        said), and what `next` says.
+        """
     def check(self, service: str, address: str, is_healthy: bool, now: float) -> bool: ...
     def tend(self, now: float) -> None: ...
     def calls(self, service: str) -> int: ...

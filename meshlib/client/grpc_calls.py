@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from meshlib.call import Call, Errand, gone_away
+from meshlib.call import Call, Errand, Visit, gone_away
 
 from .grpc_course import OTHERS, Course, Leg
 from .grpc_status import failure_of, rpc_error
@@ -74,12 +74,14 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
             course.forget(self._attempt)
 
     def __await__(self) -> Generator[Any, None, Any]:
-        visit = None if self._course is None else self._course.visit
-        if visit is None or not visit.ends_calls or self._error is not None:
-            return (yield from self._answer())
-        # On behalf of a client that may go away.
-        assert self._course is not None
-        errand = visit.errand() if self._course.native.is_idempotent else None
+        course = self._course
+        if course is None or course.visit is None or not course.visit.ends_calls or self._error is not None:
+            return self._answer()
+        return self._wanted(course, course.visit)
+
+    def _wanted(self, course: Course, visit: Visit) -> Generator[Any, None, Any]:
+        """On behalf of a client that may go away."""
+        errand = visit.errand() if course.native.is_idempotent else None
         try:
             return (yield from self._answer())
         except asyncio.CancelledError as error:
@@ -206,8 +208,8 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
             await asyncio.wait((self._rest,))
 
     def _start(self, course: Course) -> None:
-        self._attempt = self._send(course)
-        self._attempt.add_done_callback(course.landed)
+        self._attempt = attempt = self._send(course)
+        attempt.add_done_callback(course.landed)
 
     def _send(self, course: Course) -> Any:
         metadata = grpc.aio.Metadata(*course.sent) if course.sent else None

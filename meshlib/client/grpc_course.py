@@ -78,6 +78,7 @@ class Course:
         "_attempt_end",
         "_call",
         "_end",
+        "_extras",
         "_has_begun",
         "_headers",
         "_is_forgotten",
@@ -112,6 +113,7 @@ class Course:
         # Of the call, and of the attempt; known from `step` or `accompany` on.
         self._end = now
         self._attempt_end: float | None = None
+        self._extras = 0
         # Of a call that waits for an endpoint: when it looks again.
         self._look, self._look_at = FIRST_LOOK, now
         self._headers = _NONE
@@ -133,6 +135,7 @@ class Course:
         self._layer = layer
         self._is_waiting = wait_for_ready
         self._has_begun = self._is_forgotten = self.is_headed = self.is_over = False
+        self.sent: Pairs = ()
         # None until `step` or `accompany`.
         self.native: Any = None
         self.link: Link | None = None
@@ -174,8 +177,7 @@ class Course:
     @property
     def is_hedged(self) -> bool:
         """May a second attempt go out beside a slow one?"""
-        native = self.native
-        return bool(native.extras & core.EXTRA_HEDGE) and native.hedge(self.now, True, False) is not None
+        return bool(self._extras & core.EXTRA_HEDGE) and self.native.hedge(self.now, True, False) is not None
 
     def accompany(self) -> None:
         """route, for a call that isn't balanced: the policy, and the permit of the Service."""
@@ -194,8 +196,8 @@ class Course:
         """
         way = self._way
         now = self.now = way.clock()
+        native, trace = self.native, None
         try:
-            native = self.native
             if native is None:
                 if self._is_waiting:
                     if self._has_begun and now < self._look_at:
@@ -204,11 +206,12 @@ class Course:
                     step = native.next(now)
                 else:
                     # route, and the first pick: one crossing for what nearly every call is.
-                    visit, method = self.visit, self._method
+                    visit, method, outbound = self.visit, self._method, way.outbound
                     peer = None if visit is None or visit.peer is None else visit.peer.spiffe_id
-                    native, self._end, step = way.outbound.engine.depart(
+                    sample = None if outbound.observer is None else outbound.observer.fresh()
+                    native, self._end, self._extras, trace, step = outbound.engine.depart(
                         way.service, method.name, self._headers, now, self._asked,
-                        self._is_idempotent, method.is_replayable, self._layer, peer,
+                        self._is_idempotent, method.is_replayable, self._layer, peer, sample,
                     )  # fmt: skip
                     self.native = native
                     self._has_begun = True
@@ -224,10 +227,14 @@ class Course:
             if way.links is not None:
                 self.link = way.links.take(address, identity, native.connect_timeout)
             end = self._asked if self._method.is_stream else self._end
-            if native.extras & core.EXTRA_PER_TRY and not self._method.is_stream:
+            if self._extras & core.EXTRA_PER_TRY and not self._method.is_stream:
                 end = min(end, now + native.per_try)
             self._attempt_end = end
-            self.dress(address)
+            if trace is None or self._own or self._layer:
+                self.dress(address)
+            else:
+                # A first attempt that nobody records and that is part of no trace carries the one that it begins.
+                self.sent = ((TRACEPARENT, trace),)
         except errors.MeshError as error:
             if self._is_waiting and error.reason in NOT_READY and self._wait(now):
                 return self.step()
@@ -246,7 +253,7 @@ class Course:
         )  # fmt: skip
         if not self._has_begun:
             # A call that waits and begins anew has the deadline of its first beginning.
-            self._has_begun, self._end = True, native.deadline
+            self._has_begun, self._end, self._extras = True, native.deadline, native.extras
             if self._is_waiting:
                 self._asked = self._end if self._asked is None else min(self._asked, self._end)
         return native
@@ -313,14 +320,19 @@ class Course:
             return
         self.is_over = self.is_headed = True
         self.received = 1
-        self._end_span(OK, None)
-        now = self._way.clock()
+        if self._span is not None:
+            self._end_span(OK, None)
+        if self._method.is_stream:
+            self._count()
+        way = self._way
+        now = way.clock()
         if self._token is None:
             self.native.abandon(now)
         else:
             self.native.head(self._token, _GOOD, OK, now, -1.0, True)
-        self._give_link()
-        self._count()
+        link, self.link = self.link, None
+        if link is not None:
+            way.links.give(link)  # type: ignore[union-attr]  # whose else
 
     def head(self) -> None:
         """The answer began."""
@@ -339,6 +351,7 @@ class Course:
             is_ready = code is not grpc.StatusCode.UNAVAILABLE or self._way.standing(self.link)[0]
             outcome, error = judge_end(code, is_ready=is_ready, is_cancelled=is_cancelled), failure_of(code, None)
         self._end_span(STATUS.get(code, 500), error)
+        self._count()
         if self._token is not None:
             self.native.finish(self._token, outcome, self._way.clock())
         self.give_up()
@@ -352,7 +365,6 @@ class Course:
         if self.native is not None:
             self.native.abandon(self._way.clock())
         self._give_link()
-        self._count()
 
     # --- several attempts at a time
 
@@ -416,9 +428,9 @@ class Course:
             span.end(status, error)
 
     def _count(self) -> None:
-        """observe: the messages that went each way."""
+        """observe: the messages that went each way. A call with one each way is counted as a call."""
         observer = self._way.outbound.observer
-        if observer is not None and self.is_headed:
+        if observer is not None and self._method.is_stream:
             observer.messages("client", self._way.service, self._method.name, self.written, self.received)
 
 

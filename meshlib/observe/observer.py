@@ -16,9 +16,11 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from meshlib.call import current_visit
+
 from . import spans
 from .prometheus import Readings, render
-from .trace import TRACEPARENT, Headers, Sampler, Trace, here, new_number, outgoing
+from .trace import TRACEPARENT, Headers, Sampler, Trace, current_trace, here, new_number, outgoing
 
 if TYPE_CHECKING:
     from meshlib.config import Config
@@ -82,6 +84,11 @@ class Observer:
                 return headers
         trace = here(self.sampler)
         return None if trace is None else trace.found.inner_headers
+
+    def fresh(self) -> float | None:
+        """The share of new traces that are sampled, where nobody records and what runs now is part of no trace; None elsewhere."""
+        is_new = current_trace.get() is None and current_visit.get() is None and spans.tracer() is None
+        return self.sample if is_new else None
 
     def client_span(
         self,

@@ -239,8 +239,9 @@ impl Engine {
         }
     }
 
-    /// `begin` and the first `next` of a gRPC call, in one crossing: the call, its end, and what `next` says.
-    #[pyo3(signature = (service, path, headers, now, deadline=None, idempotent=None, replayable=true, attempt=0, peer=None))]
+    /// `begin` and the first `next` of a gRPC call, in one crossing: the call, its end, what is extraordinary about it, the trace that it
+    /// begins (if `sample` is said), and what `next` says.
+    #[pyo3(signature = (service, path, headers, now, deadline, idempotent, replayable, attempt, peer, sample))]
     #[allow(clippy::too_many_arguments)] // as for `begin`
     fn depart<'py>(
         &self,
@@ -254,14 +255,16 @@ impl Engine {
         replayable: bool,
         attempt: u32,
         peer: Option<&str>,
-    ) -> PyResult<(Call, f64, Bound<'py, PyTuple>)> {
+        sample: Option<f64>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
         let mut call = self.begin(
             py, service, "POST", path, headers, now, deadline, idempotent, replayable, attempt, None, None, None, None,
             None, peer, false, None,
         )?;
         let step = call.next(py, now)?;
-        let end = call.deadline();
-        Ok((call, end, step))
+        let (end, extras) = (call.deadline(), call.extras());
+        let trace = sample.map(|sample| call.traceparent(sample).to_owned());
+        (call, end, extras, trace, step).into_pyobject(py)
     }
 
     fn check(&self, service: &str, address: &str, is_healthy: bool, now: f64) -> bool {
