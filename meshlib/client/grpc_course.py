@@ -350,11 +350,15 @@ class Course:
         if code is not grpc.StatusCode.OK or is_cancelled:
             is_ready = code is not grpc.StatusCode.UNAVAILABLE or self._way.standing(self.link)[0]
             outcome, error = judge_end(code, is_ready=is_ready, is_cancelled=is_cancelled), failure_of(code, None)
+        self.is_over = True
         self._end_span(STATUS.get(code, 500), error)
         self._count()
-        if self._token is not None:
-            self.native.finish(self._token, outcome, self._way.clock())
-        self.give_up()
+        now = self._way.clock()
+        if self._token is None:
+            self.native.abandon(now)
+        else:
+            self.native.finish(self._token, outcome, now)
+        self._give_link()
 
     def give_up(self) -> None:
         """Cancelled, or a mistake of the caller's: everything goes back. Harmless after the end."""
@@ -362,6 +366,7 @@ class Course:
             return
         self.is_over = True
         self._end_span(0, None)
+        self._count()
         if self.native is not None:
             self.native.abandon(self._way.clock())
         self._give_link()
