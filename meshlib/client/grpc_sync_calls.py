@@ -3,7 +3,7 @@
 `SyncFuture` for `future()` and for streams of requests with one answer, `Responses` for streams of answers. A call whose request is one
 message is tried again as elsewhere, before its answer begins. Who does that differs, since no thread is here to wait: a future goes on
 in gRPC's callback (or, after a pause, in a timer of that one pause), a stream of answers in the thread that reads it. A stream of requests
-is sent once.
+is sent once. As with gRPC, no call raises while it is made: a refusal of the mesh is told to who asks for the answer.
 """
 
 from __future__ import annotations
@@ -68,11 +68,16 @@ class SyncFuture(grpc.Future, grpc.Call):  # type: ignore[type-arg]  # generic i
         self._callbacks: list[Callable[[], Any]] = []
         self._is_cancelled = False
         self._inner: Any = None
-        # A refusal of the mesh after the first attempt; that of the first is raised to who calls.
+        # A refusal of the mesh.
         self._error: Any = None
-        while pause := self._course.step():
-            time.sleep(pause)
-        self._launch()
+        try:
+            while pause := self._course.step():
+                time.sleep(pause)
+        except grpc.RpcError as error:
+            self._error = error
+            self._end()
+        else:
+            self._launch()
 
     @property
     def mesh_call(self) -> Call | None:
@@ -168,7 +173,7 @@ class SyncFuture(grpc.Future, grpc.Call):  # type: ignore[type-arg]  # generic i
             return True
 
     def time_remaining(self) -> Any:
-        return self._inner.time_remaining()
+        return 0.0 if self._inner is None else self._inner.time_remaining()
 
     def initial_metadata(self) -> Any:
         return self._settled().initial_metadata()
@@ -191,6 +196,8 @@ class Responses:
         self._course = outgoing.course
         self._lock = threading.RLock()
         self._inner: Any = None
+        # A refusal of the mesh.
+        self._error: Any = None
         self._launch()
 
     @property
@@ -199,8 +206,12 @@ class Responses:
         return self._course.call
 
     def _launch(self) -> None:
-        while pause := self._course.step():
-            time.sleep(pause)
+        try:
+            while pause := self._course.step():
+                time.sleep(pause)
+        except grpc.RpcError as error:
+            self._error = error
+            return
         inner = self._inner = self._outgoing.send()
         if not inner.add_callback(lambda: self._ended(inner)):
             self._ended(inner)
@@ -211,6 +222,8 @@ class Responses:
     def __next__(self) -> Any:
         course = self._course
         while True:
+            if self._error is not None:
+                raise self._error
             try:
                 message = next(self._inner)
             except grpc.RpcError:
@@ -225,8 +238,12 @@ class Responses:
 
     next = __next__
 
+    def cancel(self) -> bool:
+        """Give up. A call that the mesh refused is over."""
+        return self._error is None and bool(self._inner.cancel())
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        return getattr(self._inner if self._error is None else self._error, name)
 
     def __del__(self) -> None:
         inner = self.__dict__.get("_inner")

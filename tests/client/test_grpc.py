@@ -857,20 +857,23 @@ def test_threads_have_the_same_retries(shop_in_threads: tuple[Party, str]) -> No
 
 
 def test_threads_get_the_same_refusals(shop_in_threads: tuple[Party, str]) -> None:
-    """The mesh's class and gRPC's code in one exception, from every kind of call."""
+    """The mesh's class and gRPC's code in one exception, from every kind of call, when its answer is asked for."""
     party, _ = shop_in_threads
     party.knows([])
     with open_sync_channel(party, "inventory") as channel:
         for call in (
             lambda: channel.unary_unary(ECHO)(b""),
-            lambda: channel.unary_unary(ECHO).future(b""),
-            lambda: channel.unary_stream(COUNT)(b"1"),
+            lambda: channel.unary_unary(ECHO).future(b"").result(5),
+            lambda: next(channel.unary_stream(COUNT)(b"1")),
+            lambda: next(channel.stream_stream(CHAT)(iter([]))),
             lambda: channel.stream_unary(SUM)(iter([])),
         ):
             with pytest.raises(errors.NoEndpoint) as caught:
                 call()
             assert isinstance(caught.value, grpc.RpcError)
             assert caught.value.code() is UNAVAILABLE
+        refused, future = channel.unary_stream(COUNT)(b"1"), channel.unary_unary(ECHO).future(b"")
+        assert (refused.code(), future.code(), refused.cancel(), future.done()) == (UNAVAILABLE, UNAVAILABLE, False, True)
     assert party.of()["in_flight"] == 0
 
 
