@@ -10,6 +10,7 @@ RUST        := meshlib/_native
 RUST_FILES  := $(shell find $(RUST)/core $(RUST)/wire $(RUST)/proxy $(RUST)/binding -name '*.rs' -o -name Cargo.toml) $(RUST)/Cargo.toml $(RUST)/Cargo.lock
 SCRIPT      ?= all
 ROUNDS      ?= 5
+INTEROP     ?=
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -48,6 +49,9 @@ test: .venv/built .venv/test ## everything that CI checks
 bench: .venv/built .venv/test ## measure: SCRIPT=client ROUNDS=5; without SCRIPT all, briefly
 	@$(BIN)/python -m benchmarks $(if $(filter all,$(SCRIPT)),--brief,$(SCRIPT) --rounds $(ROUNDS))
 
+interop: .venv/built .venv/test ## gRPC's scenarios with the peers of grpc-go and grpc-java, both ways (INTEROP="--json FILE")
+	@$(BIN)/python -m tests.interop $(INTEROP)
+
 lint: .venv/built .venv/test ## ruff, mypy --strict, stubtest, clippy, rustfmt
 	@.ci/test lint
 
@@ -67,4 +71,4 @@ constraints: .venv/built .venv/test ## write the versions in use as the ones tha
 clean: ## remove what was built and installed
 	@rm -rf .venv dist $(RUST)/target meshlib/_native/*.so
 
-.PHONY: help build demo test bench lint fmt wheel audit constraints clean
+.PHONY: help build demo test bench interop lint fmt wheel audit constraints clean
