@@ -7,7 +7,7 @@ mutual TLS as `envoy`. Both sides check SPIFFE IDs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tests.interop.town import SERVICE, Town, spiffe_id
@@ -26,31 +26,30 @@ HTTP2 = {
 
 
 @contextlib.contextmanager
-def proxied(town: Town, *, inward: list[int] | None = None, outward: list[int] | None = None) -> Iterator[list[int]]:
+def proxied(town: Town, *, inward: Sequence[int] = (), outward: Sequence[int] = (), as_service: str = "") -> Iterator[list[int]]:
     """One Envoy with a listener for each server's port; gives their ports, in this order.
 
-    `inward`: from mutual TLS to a server in plain text. `outward`: from plain text to a server of the mesh.
+    `inward`: from mutual TLS to a server in plain text. `outward`: from plain text to a server of the mesh. `as_service`: whose
+    certificate Envoy shows, if not the right one.
     """
     listeners, clusters, ports = [], [], []
-    for number, (port, is_inward) in enumerate(
-        [*((port, True) for port in inward or ()), *((port, False) for port in outward or ())]
-    ):
+    for number, (port, is_inward) in enumerate([*((port, True) for port in inward), *((port, False) for port in outward)]):
         local = free_port()
         while local in ports:
             local = free_port()
         ports.append(local)
-        secured = _secured(town, is_inward=is_inward)
+        secured = _secured(town, as_service, is_inward=is_inward)
         listeners.append(listener(local, {"route": {"cluster": f"c{number}"}}, secured if is_inward else None))
         clusters.append({**cluster(f"c{number}", port, None if is_inward else secured), **HTTP2})
     with envoy(town.folder, listeners, clusters):
         yield ports
 
 
-def _secured(town: Town, *, is_inward: bool) -> dict[str, Any]:
+def _secured(town: Town, as_service: str, *, is_inward: bool) -> dict[str, Any]:
     """Envoy's side of mutual TLS."""
     if is_inward:
-        socket = tls(town.identities, SERVICE, spiffe_id("caller"), is_server=True)
+        socket = tls(town.identities, as_service or SERVICE, spiffe_id("caller"), is_server=True)
     else:
-        socket = tls(town.identities, "envoy", spiffe_id(SERVICE), is_server=False)
+        socket = tls(town.identities, as_service or "envoy", spiffe_id(SERVICE), is_server=False)
     socket["typed_config"]["common_tls_context"]["alpn_protocols"] = ["h2"]
     return socket

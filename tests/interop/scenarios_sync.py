@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,8 +55,25 @@ class SyncScenarios:
         self.stub = protocol.services.TestServiceStub(channel)
         self.nobody = protocol.services.UnimplementedServiceStub(channel)
 
-    def run(self, name: str) -> None:
-        getattr(self, name)()
+    def run(self, name: str, *, patience: float = 20.0) -> None:
+        """In a thread of its own, so that a call which never ends is told of."""
+        ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                getattr(self, name)()
+            except BaseException as error:
+                ends.put(error)
+            else:
+                ends.put(None)
+
+        threading.Thread(target=work, name=name, daemon=True).start()
+        try:
+            error = ends.get(timeout=patience)
+        except queue.Empty:
+            raise TimeoutError(f"{name} still waits after {patience:g} s") from None
+        if error is not None:
+            raise error
 
     # --- what scenarios share
 

@@ -1,6 +1,7 @@
-"""Where do the peers meet? A folder with a CA, its certificates, configurations of a mesh of three services, and processes of ours.
+"""Where do the peers meet? A folder with a CA, its certificates, configurations of a mesh of four services, and processes of ours.
 
-`interop` is who serves, `caller` who calls, and `envoy` the proxy in front of either. Everything listens on loopback, on free ports.
+`interop` is who serves, `caller` who calls, `envoy` the proxy in front of either, and `stranger` somebody whom no rule allows anything.
+Everything listens on loopback, on free ports.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Town:
         self.protocol: Protocol = compiled(generated)
         self.identities = folder / "identities"
         authority = CertificateAuthority.create(None, TRUST_DOMAIN)
-        for service in (SERVICE, "caller", "envoy"):
+        for service in (SERVICE, "caller", "envoy", "stranger"):
             authority.write(service, self.identities)
         self._numbers = itertools.count()
 
@@ -61,7 +62,7 @@ class Town:
             "discover": {"static": list(addresses) or ["127.0.0.1:1"]},
             "secure": {"allow": [RULE]},
         }
-        services = {SERVICE: interop, "caller": {}, "envoy": {}}
+        services = {SERVICE: interop, "caller": {}, "envoy": {}, "stranger": {}}
         file = self.folder / f"mesh-{next(self._numbers)}.yaml"
         file.write_text(json.dumps({"mesh": "interop", "secure": secure, "services": services}))
         return file
@@ -85,9 +86,9 @@ class Town:
     def pem(self, service: str, name: str) -> Path:
         return self.identities / service / f"{name}.pem"
 
-    def credentials(self) -> grpc.ChannelCredentials:
-        """The caller's, for a client that knows nothing of the mesh."""
-        own = [self.pem("caller", name).read_bytes() for name in ("bundle", "key", "svid")]
+    def credentials(self, service: str = "caller") -> grpc.ChannelCredentials:
+        """A service's, for a client that knows nothing of the mesh."""
+        own = [self.pem(service, name).read_bytes() for name in ("bundle", "key", "svid")]
         return grpc.ssl_channel_credentials(*own)
 
 

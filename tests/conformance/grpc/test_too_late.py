@@ -1,0 +1,71 @@
+"""Where does a call fail that had no time at all? Where gRPC lets it fail: when its answer is asked for, never when it is made.
+
+`timeout_on_sleeping_server` comes upon this by chance, when a busy machine needs its millisecond for something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from tests.interop.town import SERVICE
+
+NO_TIME = 1e-6
+LATE = grpc.StatusCode.DEADLINE_EXCEEDED
+each_channel = pytest.mark.parametrize("channel", ["bare", "mesh"])
+
+
+def sync_channel(peers: Any, channel: str) -> Any:
+    port = peers.server("sync")
+    return (
+        grpc.insecure_channel(f"127.0.0.1:{port}")
+        if channel == "bare"
+        else peers.mesh("observe", port).sync_grpc_channel(SERVICE)
+    )
+
+
+def aio_channel(peers: Any, channel: str) -> Any:
+    port = peers.server("sync")
+    return (
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") if channel == "bare" else peers.mesh("observe", port).grpc_channel(SERVICE)
+    )
+
+
+CALLS: dict[str, Callable[[Any, Any], tuple[Any, Callable[[Any], Any]]]] = {
+    "stream-stream": lambda stub, _: (stub.FullDuplexCall(iter(()), timeout=NO_TIME), next),
+    "unary-stream": lambda stub, m: (stub.StreamingOutputCall(m.StreamingOutputCallRequest(), timeout=NO_TIME), next),
+    "stream-unary": lambda stub, _: (stub.StreamingInputCall.future(iter(()), timeout=NO_TIME), lambda call: call.result()),
+    "unary-unary": lambda stub, m: (stub.EmptyCall.future(m.Empty(), timeout=NO_TIME), lambda call: call.result()),
+}
+
+
+@each_channel
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_call_without_time_fails_when_a_thread_asks_for_its_answer(peers: Any, channel: str, kind: str) -> None:
+    """And its status says so as well."""
+    with sync_channel(peers, channel) as made:
+        call, ask = CALLS[kind](peers.town.protocol.services.TestServiceStub(made), peers.town.protocol.messages)
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(call)
+        assert (caught.value.code(), call.code()) == (LATE, LATE)
+
+
+@each_channel
+async def test_a_call_without_time_fails_when_a_task_asks_for_its_answer(peers: Any, channel: str) -> None:
+    """All four kinds of calls."""
+    messages = peers.town.protocol.messages
+    async with aio_channel(peers, channel) as made:
+        stub = peers.town.protocol.services.TestServiceStub(made)
+        streams = (
+            stub.FullDuplexCall(timeout=NO_TIME),
+            stub.StreamingOutputCall(messages.StreamingOutputCallRequest(), timeout=NO_TIME),
+        )
+        single = stub.StreamingInputCall(timeout=NO_TIME), stub.EmptyCall(messages.Empty(), timeout=NO_TIME)
+        for call in (*streams, *single):
+            with pytest.raises(grpc.RpcError) as caught:
+                await (call.read() if call in streams else call)
+            assert (caught.value.code(), await call.code()) == (LATE, LATE)
