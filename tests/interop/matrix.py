@@ -1,14 +1,15 @@
 """Which ways lead from a peer of another language to the mesh and back, and what happened on each?
 
-A column is one way: a direction, one of the mesh's two kinds of client or server, and how the wire is secured. `plain` is mode observe;
-`mtls` is mode enforce, with Envoy on the peer's side of the wire, since no peer's flags can show a certificate; `tls` is mode enforce
-towards a peer's server that shows a certificate of ours and asks for none.
+A column is one way: a direction, one of the mesh's two kinds of client or server, and how the wire is secured. `plain` is mode observe,
+the others are mode enforce: `envoy` has Envoy on the peer's side of the wire, for peers that can't show a certificate; `tls` goes to a
+peer's server that shows a certificate of ours and asks for none; `mtls` is mutual TLS with the peer itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.interop.expected import SCENARIOS
-from tests.interop.peers import Peer
+from tests.interop.peers import Peer, Secured
 from tests.interop.proxies import proxied
 from tests.interop.scenarios_aio import AioScenarios
 from tests.interop.scenarios_sync import SyncScenarios
-from tests.interop.town import SERVICE, Town
+from tests.interop.town import DNS_NAME, SERVICE, Town, spiffe_id
 from tests.support import free_port, process, wait_until_listening
 
 INWARD, OUTWARD = "their client, our server", "our client, their server"
@@ -72,7 +73,7 @@ def try_out(peer: Peer, cache: Path, folder: Path, told: Told) -> None:
         peer.build(cache, build)
         with contextlib.ExitStack() as stack:
             town = Town(folder)
-            for direction, way, run in (*_inward(peer, town, stack), *_outward(peer, town, stack)):
+            for direction, way, run in itertools.chain(_inward(peer, town, stack), _outward(peer, town, stack)):
                 _column(peer, direction, way, run, told)
     except (AssertionError, RuntimeError, OSError) as error:
         told.broken[peer.name] = str(error)
@@ -102,9 +103,9 @@ def _column(peer: Peer, direction: str, way: str, run: Callable[[str], None], to
 
 
 def _inward(peer: Peer, town: Town, stack: contextlib.ExitStack) -> Iterator[Way]:
-    def against(port: int) -> Callable[[str], None]:
+    def against(port: int, secured: Secured | None = None) -> Callable[[str], None]:
         def run(scenario: str) -> None:
-            command = peer.client(port, scenario)
+            command = peer.client(port, scenario, secured)
             done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
             if done.returncode:
                 raise AssertionError(f"exit code {done.returncode}: {_tail(done.stdout + done.stderr)}")
@@ -114,13 +115,17 @@ def _inward(peer: Peer, town: Town, stack: contextlib.ExitStack) -> Iterator[Way
     kinds = ("aio", "sync")
     for kind in kinds:
         yield INWARD, f"{kind} plain", against(stack.enter_context(town.server(kind, "observe")))
-    secured = [stack.enter_context(town.server(kind, "enforce")) for kind in kinds]
-    for kind, port in zip(kinds, stack.enter_context(proxied(town, outward=secured)), strict=True):
-        yield INWARD, f"{kind} mtls", against(port)
+    ports = [stack.enter_context(town.server(kind, "enforce")) for kind in kinds]
+    for kind, port in zip(kinds, stack.enter_context(proxied(town, outward=ports)), strict=True):
+        yield INWARD, f"{kind} envoy", against(port)
+    if peer.speaks_mutual_tls:
+        secured = Secured(town.identities / "caller", DNS_NAME, spiffe_id(SERVICE))
+        for kind, port in zip(kinds, ports, strict=True):
+            yield INWARD, f"{kind} mtls", against(port, secured)
 
 
 def _outward(peer: Peer, town: Town, stack: contextlib.ExitStack) -> Iterator[Way]:
-    def over(mode: str, port: int) -> Iterator[tuple[str, Callable[[str], None]]]:
+    def over(mode: str, port: int, wire: str) -> Iterator[Way]:
         mesh = stack.enter_context(town.mesh(mode, f"127.0.0.1:{port}"))
 
         async def aio(scenario: str) -> None:
@@ -131,24 +136,24 @@ def _outward(peer: Peer, town: Town, stack: contextlib.ExitStack) -> Iterator[Wa
             with mesh.sync_grpc_channel(SERVICE) as channel:
                 SyncScenarios(channel, town.protocol).run(scenario)
 
-        yield "aio", lambda scenario: asyncio.run(aio(scenario))
-        yield "sync", sync
+        yield OUTWARD, f"aio {wire}", lambda scenario: asyncio.run(aio(scenario))
+        yield OUTWARD, f"sync {wire}", sync
 
     plain = stack.enter_context(_serving(peer))
-    for kind, run in over("observe", plain):
-        yield OUTWARD, f"{kind} plain", run
-    for kind, run in over("enforce", stack.enter_context(proxied(town, inward=[plain]))[0]):
-        yield OUTWARD, f"{kind} mtls", run
-    if peer.has_own_certificate:
-        certificate = town.pem(SERVICE, "svid"), town.pem(SERVICE, "key")
-        for kind, run in over("enforce", stack.enter_context(_serving(peer, certificate))):
-            yield OUTWARD, f"{kind} tls", run
+    yield from over("observe", plain, "plain")
+    yield from over("enforce", stack.enter_context(proxied(town, inward=[plain]))[0], "envoy")
+    own = town.identities / SERVICE
+    if peer.serves_tls:
+        yield from over("enforce", stack.enter_context(_serving(peer, Secured(own, DNS_NAME))), "tls")
+    if peer.speaks_mutual_tls:
+        secured = Secured(own, DNS_NAME, spiffe_id("caller"))
+        yield from over("enforce", stack.enter_context(_serving(peer, secured)), "mtls")
 
 
 @contextlib.contextmanager
-def _serving(peer: Peer, certificate: tuple[Path, Path] | None = None) -> Iterator[int]:
+def _serving(peer: Peer, secured: Secured | None = None) -> Iterator[int]:
     port = free_port()
-    with process(*peer.server(port, certificate)) as child:
+    with process(*peer.server(port, secured)) as child:
         wait_until_listening(port, child, PATIENCE)
         yield port
 

@@ -16,7 +16,7 @@ import pytest
 from tests.interop import matrix
 from tests.interop.expected import SCENARIOS
 from tests.interop.matrix import Told, try_out
-from tests.interop.peers import Peer
+from tests.interop.peers import Peer, Secured
 from tests.interop.table import as_json, as_text
 from tests.support import PYTHON, ROOT
 
@@ -32,10 +32,10 @@ class Liar(Peer):
     def build(self, cache: Path, run: matrix.Run) -> None:
         run(cache, "the liar", [PYTHON, "-c", "pass"], {})
 
-    def client(self, port: int, scenario: str) -> list[str]:
+    def client(self, port: int, scenario: str, secured: Secured | None = None) -> list[str]:
         return [PYTHON, "-S", "-c", f"raise SystemExit({scenario!r} != 'ping_pong' and 'it said so')"]
 
-    def server(self, port: int, certificate: tuple[Path, Path] | None = None) -> list[str]:
+    def server(self, port: int, secured: Secured | None = None) -> list[str]:
         return [PYTHON, "-c", SOCKET, str(port)]
 
 
