@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -19,20 +20,18 @@ LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 each_channel = pytest.mark.parametrize("channel", ["bare", "mesh"])
 
 
-def sync_channel(peers: Any, channel: str) -> Any:
-    port = peers.server("sync")
-    return (
-        grpc.insecure_channel(f"127.0.0.1:{port}")
-        if channel == "bare"
-        else peers.mesh("observe", port).sync_grpc_channel(SERVICE)
-    )
+@pytest.fixture(scope="module")
+def silent() -> Iterator[int]:
+    """The port of a server that never says a word: else one that is quick could still answer in time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
 
 
-def aio_channel(peers: Any, channel: str) -> Any:
-    port = peers.server("sync")
-    return (
-        grpc.aio.insecure_channel(f"127.0.0.1:{port}") if channel == "bare" else peers.mesh("observe", port).grpc_channel(SERVICE)
-    )
+@pytest.fixture
+def sync_channel(peers: Any, channel: str, silent: int) -> Any:
+    if channel == "bare":
+        return grpc.insecure_channel(f"127.0.0.1:{silent}")
+    return peers.mesh("observe", silent).sync_grpc_channel(SERVICE)
 
 
 CALLS: dict[str, Callable[[Any, Any], tuple[Any, Callable[[Any], Any]]]] = {
@@ -45,9 +44,9 @@ CALLS: dict[str, Callable[[Any, Any], tuple[Any, Callable[[Any], Any]]]] = {
 
 @each_channel
 @pytest.mark.parametrize("kind", CALLS)
-def test_a_call_without_time_fails_when_a_thread_asks_for_its_answer(peers: Any, channel: str, kind: str) -> None:
+def test_a_call_without_time_fails_when_a_thread_asks_for_its_answer(peers: Any, sync_channel: Any, kind: str) -> None:
     """And its status says so as well."""
-    with sync_channel(peers, channel) as made:
+    with sync_channel as made:
         call, ask = CALLS[kind](peers.town.protocol.services.TestServiceStub(made), peers.town.protocol.messages)
         with pytest.raises(grpc.RpcError) as caught:
             ask(call)
@@ -55,10 +54,12 @@ def test_a_call_without_time_fails_when_a_thread_asks_for_its_answer(peers: Any,
 
 
 @each_channel
-async def test_a_call_without_time_fails_when_a_task_asks_for_its_answer(peers: Any, channel: str) -> None:
+async def test_a_call_without_time_fails_when_a_task_asks_for_its_answer(peers: Any, channel: str, silent: int) -> None:
     """All four kinds of calls."""
     messages = peers.town.protocol.messages
-    async with aio_channel(peers, channel) as made:
+    bare = channel == "bare"
+    target = f"127.0.0.1:{silent}"
+    async with grpc.aio.insecure_channel(target) if bare else peers.mesh("observe", silent).grpc_channel(SERVICE) as made:
         stub = peers.town.protocol.services.TestServiceStub(made)
         streams = (
             stub.FullDuplexCall(timeout=NO_TIME),
