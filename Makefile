@@ -30,6 +30,12 @@ help: ## what can be made
 	@$(PIP) -r .ci/test.in
 	@touch $@
 
+.venv-peers/made: .ci/peers.in
+	@echo "== peers that can't stand beside others (.venv-peers; about a minute)"
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/pip install --quiet --disable-pip-version-check -r .ci/peers.in
+	@touch $@
+
 .venv/built: pyproject.toml .venv/run $(RUST_FILES)
 	@echo "== native core (release; some minutes the first time)"
 	@PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/maturin develop --release --locked
@@ -43,10 +49,10 @@ build: .venv/built ## build the native core and install meshlib into .venv
 demo: .venv/built ## a shop under load: a process is killed, nothing fails (DEMO_SECONDS=45)
 	@$(BIN)/python -m examples.shop
 
-test: .venv/built .venv/test ## everything that CI checks
+test: .venv/built .venv/test .venv-peers/made ## everything that CI checks
 	@.ci/test
 
-bench: .venv/built .venv/test ## measure: SCRIPT=client ROUNDS=5; without SCRIPT all, briefly
+bench: .venv/built .venv/test .venv-peers/made ## measure: SCRIPT=client ROUNDS=5; without SCRIPT all, briefly
 	@$(BIN)/python -m benchmarks $(if $(filter all,$(SCRIPT)),--brief,$(SCRIPT) --rounds $(ROUNDS))
 
 interop: .venv/built .venv/test ## gRPC's scenarios with the peers of grpc-go and grpc-java, both ways (INTEROP="--json FILE")
@@ -69,6 +75,6 @@ constraints: .venv/built .venv/test ## write the versions in use as the ones tha
 	@$(BIN)/pip freeze --exclude-editable --exclude meshlib-servicemesh | grep -v ' @ ' > .ci/constraints.txt
 
 clean: ## remove what was built and installed
-	@rm -rf .venv dist $(RUST)/target meshlib/_native/*.so
+	@rm -rf .venv .venv-peers .interop dist $(RUST)/target meshlib/_native/*.so
 
 .PHONY: help build demo test bench interop lint fmt wheel audit constraints clean

@@ -2,7 +2,7 @@
 
 nginx that sends one file as every answer, which is the quickest server of gRPC that is at hand (15 µs of CPU a call, where grpcio's servers in Python take
 200); servers of grpcio (`grpc_servers.py`) without the mesh, with its own TLS, or in the mesh; two Envoys before one of them; and a control plane for grpcio's own
-balancer (`control_plane.py`), which runs in `.venv-peers`, since the package of its messages writes into others'. Each is started when a run first asks for it.
+balancer (that of the tests), which runs in `.venv-peers`, since the package of its messages writes into others'. Each is started when a run first asks for it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class GrpcPeers:
         port = free_port()
         resources = self.peers.folder / "xds.json"
         resources.write_text(json.dumps(_resources(int(self.answers.rpartition(":")[2]))))
-        command = (python, "-m", "benchmarks.control_plane", str(port), str(resources))
+        command = (python, str(ROOT / "tests/conformance/grpc/control_plane.py"), str(resources), str(port))
         self.peers.keep(running(self.peers.folder, *command, port=port))
         file = self.peers.folder / "xds-bootstrap.json"
         plane = {"server_uri": f"127.0.0.1:{port}", "channel_creds": [{"type": "insecure"}], "server_features": ["xds_v3"]}
@@ -138,7 +138,7 @@ class GrpcPeers:
 def _python_with_protos() -> str:
     if not any((ROOT / ".venv-peers").glob("lib/python*/site-packages/envoy/service/discovery/v3/ads_pb2_grpc.py")):
         raise Absent(
-            "there is no control plane for grpc-xds: xds-protos is not installed (PyPI: xds-protos and grpcio, in .venv-peers)"
+            "there is no control plane for grpc-xds: xds-protos is not installed (make .venv-peers/made)"
         )
     return str(ROOT / ".venv-peers" / "bin" / "python")
 

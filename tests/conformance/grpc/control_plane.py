@@ -1,4 +1,4 @@
-"""What does an xDS client of grpcio need to be told? A control plane that serves a file: `control_plane.py RESOURCES_JSON`; prints its port.
+"""What does an xDS client of grpcio need to be told? A control plane that serves a file: `control_plane.py RESOURCES_JSON [PORT]`; prints its port.
 
 The file is a list of resources, each with its `@type`. ADS, state of the world, and nothing ever changes: each type is answered when a
 client's names for it do. It runs with the Python of `.venv-peers`, since xds-protos writes into the trees of other packages and must not
@@ -53,14 +53,14 @@ class ControlPlane(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
             yield discovery_pb2.DiscoveryResponse(version_info="1", type_url=request.type_url, nonce="1", resources=found)
 
 
-async def main(file: str) -> None:
+async def main(file: str, port: str = "0") -> None:
     server = grpc.aio.server()
     resources = json.loads(Path(file).read_text())
     ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ControlPlane(resources), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
-    print(f"listening on port {port}", flush=True)
+    print(f"listening on port {bound}", flush=True)
     await server.wait_for_termination()
 
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(*sys.argv[1:]))

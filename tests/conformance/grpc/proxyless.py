@@ -67,7 +67,7 @@ def _need_peers() -> None:
         not PEERS.exists()
         or subprocess.run([PEERS, "-c", "import envoy.service.discovery.v3.ads_pb2_grpc"], capture_output=True).returncode
     ):
-        pytest.skip("there is no control plane: python3 -m venv .venv-peers && .venv-peers/bin/pip install grpcio xds-protos")
+        pytest.skip("there is no control plane: make .venv-peers/made")
 
 
 def _environment(bootstrap: str) -> dict[str, str]:
