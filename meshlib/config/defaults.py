@@ -79,6 +79,9 @@ _ROWS: Final = (
             "one proxy in front; each adds one address to X-Forwarded-For, and only that many are believed"),
     Default("secure.xfcc", "sanitize", "", None, None, "Envoy",
             "who called is what TLS proved; a header that says so was written by anyone"),
+    Default("secure.peer_check", "auto", "", None, None, "gRFC A87, which knows it for xDS alone",
+            "gRPC compares DNS names: services of our own CA are checked by theirs, all others by their SPIFFE ID, through a relay; "
+            "`dns` or `spiffe` makes it one of the two"),
     Default("secure.record", False, "", None, None, "",
             "nothing is kept that nobody asked for"),
     Default("secure.case", "sensitive", "", None, None, "RFC 3986",

@@ -64,12 +64,16 @@ class GuardPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ServicePolicy:
-    """A service with everything filled in. `identity` is its SPIFFE ID in every mode."""
+    """A service with everything filled in. `identity` is its SPIFFE ID in every mode.
+
+    `peer_check` says how a gRPC channel proves it: auto, dns or spiffe.
+    """
 
     name: str
     protocol: str
     identity: str
     mode: str
+    peer_check: str
     listen: str | None
     discover: doc.Discover | None
     routes: tuple[RoutePolicy, ...]
@@ -238,6 +242,7 @@ def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
         protocol=written.protocol,
         identity=names.identity(name),
         mode=written.secure.mode or document.secure.mode,
+        peer_check=written.secure.peer_check,
         listen=written.listen,
         discover=_discover(written.discover, names),
         routes=tuple(

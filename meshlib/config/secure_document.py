@@ -222,6 +222,7 @@ class ServiceSecure(Section):
     deny: tuple[Rule, ...] = Field(default=(), description="Wins over allow.")
     custom: tuple[CustomRule, ...] = Field(default=(), description="Asked first; who is refused there is refused.")
     jwt: Required = Field(default_factory=Required, description="Tokens, beside certificates.")
+    peer_check: Literal["auto", "dns", "spiffe"] = setting("secure.peer_check")
 
 
 # ---------------------------------------------------------------- what stands in front, and what goes out

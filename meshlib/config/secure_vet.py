@@ -59,6 +59,7 @@ def check(text: Text, raw: Mapping[str, Any], services: Mapping[str, Any]) -> No
             _rules(text, at, service, services, dict(names))
             _one_authorizer(text, at, service, first)
             _required(text, at, service, _mapping(secure, "jwt"))
+            _peer_check(text, at, service, domain)
 
 
 # ---------------------------------------------------------------- whose keys
@@ -196,6 +197,29 @@ def _required(text: Text, at: Path, service: Mapping[str, Any], providers: Mappi
             text.refuse((*place, "providers", index), f"{name!r} is no provider of this file", hint)
         elif isinstance(name, str) and name in listed[:index]:
             text.refuse((*place, "providers", index), f"{name!r} stands here twice", "once is enough")
+
+
+def _peer_check(text: Text, at: Path, service: Mapping[str, Any], domain: str) -> None:
+    """By DNS name only those can be checked into whose certificates one is written."""
+    if _mapping(service, "secure").get("peer_check") != "dns":
+        return
+    own = service.get("identity")
+    endpoints = [item.get("identity") for item in _items(_mapping(service, "discover").get("static")) if isinstance(item, dict)]
+    for identity in (own, *endpoints):
+        if not isinstance(identity, str) or not identity.startswith("spiffe://") or is_fit_for_dns(identity):
+            continue
+        if identity == own and identity.startswith(f"spiffe://{domain}/"):
+            continue  # our CA writes the service's name beside it
+        message = f"{identity} tells no DNS name, so a certificate of it can't be checked by one"
+        text.refuse(
+            (*at, "secure", "peer_check"), message, "spiffe or auto; or spiffe://<trust domain>/ns/<namespace>/sa/<service>"
+        )
+
+
+def is_fit_for_dns(identity: str) -> bool:
+    """Whether a SPIFFE ID has the form to which our CA writes a DNS name: spiffe://<trust domain>/ns/<namespace>/sa/<service>."""
+    parts = identity.removeprefix("spiffe://").split("/")
+    return len(parts) == 5 and parts[1] == "ns" and parts[3] == "sa" and all(parts)
 
 
 # ---------------------------------------------------------------- rules

@@ -7,19 +7,14 @@ and what comes in `inbound_warn.py`'s.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path as File
-from typing import Final
 
 from . import inbound_warn, inert, secure_warn
 from .document import Document
 from .policy import GuardPolicy, ServicePolicy
 from .text import Path, Text
 from .values import some
-
-# Certificates of such identities carry a DNS name, too, and that is all that gRPC can compare.
-_DNS_FORM: Final = re.compile(r"^spiffe://[^/]+/ns/[^/]+/sa/[^/]+$")
 
 
 def warnings(
@@ -70,9 +65,12 @@ def _warn_identities(found: Text, services: Mapping[str, ServicePolicy]) -> None
         if owner is not service:
             place: Path = ("services", service.name, "identity")
             found.refuse(place, f"{service.identity} is the identity of {owner.name}, too", "rules can't tell the two apart")
-        if service.protocol == "grpc" and service.mode != "observe" and not _DNS_FORM.match(service.identity):
-            message = f"{service.identity} can't be checked by a gRPC channel, which knows DNS names only"
-            found.refuse(("services", service.name, "identity"), message, "spiffe://<trust domain>/ns/<namespace>/sa/<service>")
+        place = ("services", service.name, "secure", "peer_check")
+        if service.protocol != "grpc" and place in found.lines and service.peer_check != "auto":
+            message = (
+                f"peer_check is for gRPC, and {service.name} speaks {service.protocol}: its SPIFFE ID is checked in any case"
+            )
+            found.refuse(place, message, "leave it out")
     observing = {service.identity: service.name for service in services.values() if service.mode == "observe"}
     for service in services.values():
         if service.mode != "enforce":

@@ -233,10 +233,10 @@ def _warnings(file: Path, service: str | None = None) -> list[tuple[int, str]]:
             "DENY by path",
         ),
         (
-            "web: {protocol: grpc, identity: 'spiffe://m.internal/web', secure: {allow: [{from: [web]}]}}",
+            "web: {secure: {peer_check: spiffe, allow: [{from: [web]}]}}",
             4,
-            "services.web.identity",
-            "can't be checked by a gRPC channel",
+            "services.web.secure.peer_check",
+            "peer_check is for gRPC",
         ),
         ("web: {secure: {mode: observe}}", 4, "services.web.secure.mode", "observe"),
         ("web: {secure: {mode: permissive}}", 4, "services.web.secure.mode", "permissive"),

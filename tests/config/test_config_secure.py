@@ -487,3 +487,21 @@ def test_a_trust_domain_that_nobody_can_prove_is_a_warning(write: Write) -> None
     told = ["services.web.secure.allow[0].from"]
     assert [key for key, message in _warnings(write(text.format(source="ca: 'https://ca.test'"))) if "b.test" in message] == told
     assert _warnings(write(text.format(source="folder: x"))) == []
+
+
+def test_each_service_says_how_grpc_proves_it(tmp_path: Path) -> None:
+    """By itself, or forced; by DNS name also for an identity of another form, beside which our CA writes the service's name."""
+    file = tmp_path / "mesh.yaml"
+    file.write_text(
+        "mesh: m\nsecure: {mode: enforce, identity: {folder: ids}}\nservices:\n  a: {protocol: grpc}\n"
+        "  b: {protocol: grpc, identity: 'spiffe://partner.test/b', secure: {peer_check: spiffe}}\n"
+        "  c: {protocol: grpc, identity: 'spiffe://m.internal/c', secure: {peer_check: dns}}\n"
+        "  d: {protocol: grpc, identity: 'spiffe://partner.test/ns/x/sa/d', secure: {peer_check: dns}}\n"
+    )
+    config = load(file, service="a")
+    assert {name: service.peer_check for name, service in config.services.items()} == {
+        "a": "auto",
+        "b": "spiffe",
+        "c": "dns",
+        "d": "dns",
+    }

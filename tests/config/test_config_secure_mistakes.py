@@ -43,6 +43,7 @@ def _file(*, secure: str = "", system: str = "", service: str = "") -> str:
 
 
 RULE = "services.orders.secure.allow[0]"
+CHECK = "services.orders.secure.peer_check"
 JWT = "issuer: https://a/, audiences: [a], jwks: https://a/k"
 
 # name: (text, key, part of the message, part of the hint)
@@ -179,6 +180,27 @@ CASES: dict[str, tuple[str, str, str, str]] = {
         f"{RULE}.not_methods",
         "every gRPC call is a POST",
         "paths",
+    ),
+    # ------------------------------------------------------------------------------------------------ how gRPC proves a peer
+    "peer check of another word": (
+        _file(service="    protocol: grpc\n    secure: {peer_check: uri}  #!\n"),
+        CHECK,
+        "'uri' is not allowed",
+        "one of auto, dns, spiffe",
+    ),
+    "peer check by name of a foreign identity": (
+        _file(service="    protocol: grpc\n    identity: spiffe://partner.test/orders\n    secure: {peer_check: dns}  #!\n"),
+        CHECK,
+        "spiffe://partner.test/orders tells no DNS name",
+        "spiffe or auto",
+    ),
+    "peer check by name of an endpoint": (
+        _file(service="    protocol: grpc\n    secure: {peer_check: dns}  #!\n").replace(
+            '"127.0.0.1:8101"', "{address: '127.0.0.1:1', identity: 'spiffe://shop.internal/canary'}"
+        ),
+        CHECK,
+        "spiffe://shop.internal/canary tells no DNS name",
+        "spiffe or auto",
     ),
     # ------------------------------------------------------------------------------------------------ addresses
     "block that is no network": (_rule("ip_blocks: [10.0.0]"), f"{RULE}.ip_blocks[0]", "is no address or network", "10.0.0.0/8"),
