@@ -568,6 +568,29 @@ class TlsConnection:
     @property
     def server_name(self) -> str | None: ...
 
+@final
+class TlsTunnel:
+    """The client side of one TLS connection over which HTTP/2 (ALPN h2) is spoken by somebody else: records in, plain text out, and back.
+
+    The peer must prove to be `expected`; sessions are resumed as in every other connection of this `TlsClient`.
+    """
+    def __new__(cls, tls: TlsClient, expected: str, address: str) -> TlsTunnel: ...
+    def open(self) -> bytes: ...  # the first message of the handshake
+    def receive(self, data: ReadableBuffer) -> tuple[bytes, bytes, bool]:
+        """(plain text, bytes to write, is_eof). After an exception `pending` has the alert to write."""
+    def send(self, data: ReadableBuffer) -> bytes:
+        """Only when it `is_handshaking` no more."""
+    def close(self) -> bytes: ...
+    def pending(self) -> bytes: ...
+    @property
+    def is_handshaking(self) -> bool: ...
+    @property
+    def peer(self) -> str | None: ...
+    @property
+    def peer_not_after(self) -> float: ...  # Unix seconds; 0.0 without a proof
+    @property
+    def tls_resumed(self) -> bool: ...
+
 # --- tokens and keys by hand; a request's token is verified by its gate
 
 def parse_jwks(

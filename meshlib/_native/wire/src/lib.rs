@@ -2,7 +2,8 @@
 //!
 //! Whoever has the bytes moves them: an event loop or a blocking call in Python today, tokio in the agent. So this crate is the
 //! same in all of them, is safe under fork and at interpreter exit, and can be tested byte by byte. `HttpConnection` is the client's
-//! side (TLS or none, HTTP/1.1 and HTTP/2), `TlsConnection` the server's record layer.
+//! side (TLS or none, HTTP/1.1 and HTTP/2), `TlsConnection` the server's record layer, and `TlsTunnel` the client's,
+//! for those who bring an HTTP of their own.
 //!
 //! It decides nothing: which endpoint, which identity is expected and what becomes of a failure is mesh-core's.
 pub mod connection;
@@ -14,6 +15,7 @@ pub mod spiffe;
 #[cfg(test)]
 mod testing;
 pub mod tls;
+pub mod tunnel;
 
 pub use connection::{HttpConnection, Protocols};
 pub use error::{Error, ErrorKind, Result};
@@ -21,3 +23,4 @@ pub use rustls::time_provider::{DefaultTimeProvider as SystemTime, TimeProvider}
 pub use sink::{Sink, StreamSink};
 pub use tls::client::TlsClient;
 pub use tls::server::{TlsConnection, TlsServer};
+pub use tunnel::TlsTunnel;

@@ -1,4 +1,5 @@
-//! How does Python hold an identity, and the server's side of a connection? `TlsClient`, `TlsServer`, `TlsConnection` of `_core.pyi`.
+//! How does Python hold an identity, and the two sides of a connection? `TlsClient`, `TlsServer`, `TlsConnection` and `TlsTunnel` of
+//! `_core.pyi`.
 //!
 //! The first two are frozen: one object serves all threads and connections of its generation. The clock is the system's; the wire
 //! crate has none.
@@ -20,6 +21,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<TlsClient>()?;
     module.add_class::<TlsServer>()?;
     module.add_class::<TlsConnection>()?;
+    module.add_class::<TlsTunnel>()?;
     module.add_function(wrap_pyfunction!(verify_chain, module)?)?;
     module.add_function(wrap_pyfunction!(verify_path, module)?)
 }
@@ -288,5 +290,94 @@ impl TlsConnection {
     #[getter]
     fn server_name(&self) -> Option<&str> {
         self.wire.server_name()
+    }
+}
+
+#[pyclass(module = "meshlib._native._core")]
+pub struct TlsTunnel {
+    wire: mesh_wire::TlsTunnel,
+    address: String,
+}
+
+#[pymethods]
+impl TlsTunnel {
+    #[new]
+    fn new(py: Python<'_>, tls: &Bound<'_, TlsClient>, expected: &str, address: &str) -> PyResult<TlsTunnel> {
+        let wire = mesh_wire::TlsTunnel::new(tls.get().wire.clone(), expected, address)
+            .map_err(|error| raise(py, address, error, false))?;
+        Ok(TlsTunnel { wire, address: address.to_owned() })
+    }
+
+    fn open<'py>(&mut self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        py.detach(|| self.wire.decrypt()).map_err(|error| self.raise(py, error))?;
+        Ok(self.pending(py))
+    }
+
+    fn receive<'py>(
+        &mut self,
+        py: Python<'py>,
+        data: &Bound<'py, PyAny>,
+    ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>, bool)> {
+        let size = with_bytes(data, usize::MAX, |bytes| {
+            self.wire.absorb(bytes);
+            bytes.len()
+        })?;
+        let is_heavy = self.wire.is_handshaking() || size > HEAVY;
+        let result = if is_heavy { py.detach(|| self.wire.decrypt()) } else { self.wire.decrypt() };
+        result.map_err(|error| self.raise(py, error))?;
+        let plain = PyBytes::new(py, self.wire.plain());
+        self.wire.clear_plain();
+        Ok((plain, self.pending(py), self.wire.is_eof()))
+    }
+
+    fn send<'py>(&mut self, py: Python<'py>, data: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let result = match data.cast_exact::<PyBytes>() {
+            // Only `bytes` can't change while others run.
+            Ok(bytes) if bytes.as_bytes().len() > HEAVY => {
+                let bytes = bytes.as_bytes();
+                py.detach(|| self.wire.send(bytes))
+            }
+            _ => with_bytes(data, usize::MAX, |bytes| self.wire.send(bytes))?,
+        };
+        result.map_err(|error| self.raise(py, error))?;
+        Ok(self.pending(py))
+    }
+
+    fn close<'py>(&mut self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        self.wire.close();
+        self.pending(py)
+    }
+
+    fn pending<'py>(&mut self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let bytes = PyBytes::new(py, self.wire.output());
+        self.wire.clear_output();
+        bytes
+    }
+
+    #[getter]
+    fn is_handshaking(&self) -> bool {
+        self.wire.is_handshaking()
+    }
+
+    #[getter]
+    fn peer(&self) -> Option<&str> {
+        Some(self.wire.peer()?.id.as_str())
+    }
+
+    #[getter]
+    fn peer_not_after(&self) -> f64 {
+        not_after_of(self.wire.peer())
+    }
+
+    #[getter]
+    fn tls_resumed(&self) -> bool {
+        mesh_wire::tls::is_resumed(self.wire.state())
+    }
+}
+
+impl TlsTunnel {
+    /// Whether something was written, the wire doesn't know: HTTP is somebody else's.
+    fn raise(&self, py: Python<'_>, error: mesh_wire::Error) -> PyErr {
+        raise(py, &self.address, error, !self.wire.is_handshaking())
     }
 }
