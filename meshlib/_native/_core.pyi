@@ -68,6 +68,7 @@ __all__ = [
     "TlsClient",
     "TlsConnection",
     "TlsServer",
+    "TlsTunnel",
     "canonical_path",
     "crypto_provider",
     "is_plain_target",
@@ -570,7 +571,7 @@ class TlsConnection:
 
 @final
 class TlsTunnel:
-    """The client side of one TLS connection over which HTTP/2 (ALPN h2) is spoken by somebody else: records in, plain text out, and back.
+    """The client side of one TLS connection: records in, plain text out, and back. HTTP/2 (ALPN h2) is spoken by somebody else.
 
     The peer must prove to be `expected`; sessions are resumed as in every other connection of this `TlsClient`.
     """
