@@ -299,7 +299,10 @@ class Course:
         is_lost = code is grpc.StatusCode.UNAVAILABLE
         is_ready, is_down = self._way.standing(self.link) if is_lost else (True, False)
         is_late = now + EARLY >= (self._end if self._attempt_end is None else self._attempt_end)
-        outcome, status = judge(code, error.details(), is_ready=is_ready, is_down=is_down, is_late=is_late)
+        why = None if self.link is None or not is_down else self.link.error
+        outcome, status = judge(code, error.details(), is_ready=is_ready, is_down=is_down, is_late=is_late, why=why)
+        if why is not None:
+            error.__cause__ = why
         self._end_span(status, error)
         error.call = self.call
         if self._token is not None:

@@ -5,10 +5,12 @@ channel to each endpoint (a Link), made at the first attempt and replaced when o
 to connect (gRPC's own back-off would make the breaker's probe fail without trying). A Link that was replaced gets no new calls and
 is closed when its last call ends.
 
-mTLS: the channel shows our SVID, trusts only the bundle of the peer's own trust domain, and demands the DNS SAN
-`<service>.<namespace>.<trust domain>`, which our CA writes beside the SPIFFE ID. What it leaves open: whoever can make that CA (or
-another one in the same bundle) sign a certificate with this DNS name and another SPIFFE ID would be believed. An identity for
-which no DNS name is known is refused.
+mTLS goes one of two ways. By DNS name: gRPC's own TLS shows our SVID, trusts only the bundle of the peer's own trust domain, and demands
+the DNS SAN `<service>.<namespace>.<trust domain>`, which our CA writes beside the SPIFFE ID. What that leaves open: whoever can make
+that CA (or another one in the same bundle) sign a certificate with this DNS name and another SPIFFE ID would be believed; and gRPC
+reads no list of what was revoked. By SPIFFE ID: our own TLS behind a relay, which costs a copy more and leaves open what
+grpc_nest.py says. Without a word in the configuration (`secure.peer_check`), the first way is for identities of our own trust domain
+whose DNS name is known, if our CA writes such names; everything else goes by the second.
 
 Channels belong to the process, and those of asyncio to the event loop, that made them: elsewhere there is a clear error instead of
 a hang. This file doesn't decide where an attempt goes; the engine does.
@@ -21,14 +23,19 @@ import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
 import grpc.aio
+from cryptography import x509
 
 from meshlib import errors
 from meshlib._native import core
+from meshlib.secure import certificates
 
+from . import grpc_relay_thread
+from .grpc_relay import Relay
 from .way import OutboundWay
 
 Options = Sequence[tuple[str, Any]]
@@ -39,7 +46,8 @@ DOWN = grpc.ChannelConnectivity.TRANSIENT_FAILURE
 METHODS_KEPT = 256
 # How long a blocking caller waits to learn how a failed channel stands. It is answered at once; the limit is for a stalled machine.
 STATE_PATIENCE = 0.5
-
+# How much longer than the relay gRPC waits for a connection: the relay's end of the time comes first, since it can say why.
+RELAY_PATIENCE = 0.25
 
 _process = os.getpid()
 
@@ -55,15 +63,49 @@ os.register_at_fork(after_in_child=_after_fork)
 class Link:
     """The channel to one endpoint, with one generation of our identity. State of the Endpoint, per process (and event loop)."""
 
-    __slots__ = ("calls", "channel", "is_down", "is_left", "methods", "own")
+    __slots__ = ("calls", "channel", "is_down", "is_left", "methods", "own", "relay")
 
-    def __init__(self, channel: Any, own: Any) -> None:
+    def __init__(self, channel: Any, own: Any, relay: Relay | None = None) -> None:
         self.channel = channel
         self.own = own  # the generation of our Identity that it shows, None in plain text
+        self.relay = relay  # behind which our own TLS is, None where gRPC's is used
         self.calls = 0
         self.is_down = False  # it failed to connect; stays so, since it is replaced then
         self.is_left = False  # replaced: closed when the last call ends
         self.methods: dict[Any, Any] = {}
+
+    @property
+    def error(self) -> errors.AttemptFailed | None:
+        """Why the last connection failed, where that is known better than gRPC tells it."""
+        return None if self.relay is None else self.relay.error
+
+    @property
+    def is_spent(self) -> bool:
+        return self.relay is not None and self.relay.is_spent
+
+
+class PeerNames(dict[str, str]):
+    """What the configuration knows about checking a service: the DNS SANs of identities that don't tell it, and by which way.
+
+    `check` is auto, dns or spiffe; `has_own_ca` is False where somebody else issues the certificates.
+    """
+
+    check = "auto"
+    has_own_ca = True
+
+
+def peer_names(config: Any, service: str) -> PeerNames:
+    """Of a service, by a `meshlib.config.Config`."""
+    names = PeerNames()
+    source = config.identity_source
+    names.has_own_ca = source is None or source.kind != "plugin"
+    known = config.services.get(service)
+    if known is not None:
+        names.check = known.peer_check
+        if core.parse_spiffe_id(known.identity)[0] == config.trust_domain:
+            # Our CA writes a service's name, whatever its identity looks like; another trust domain's may not.
+            names[known.identity] = f"{service}.{config.secure.namespace}.{config.trust_domain}"
+    return names
 
 
 class Links:
@@ -75,10 +117,12 @@ class Links:
         self.service = service
         self.is_closed = False
         self._outbound = outbound
-        self._names = dict(names or {})
+        self._names = names if isinstance(names, PeerNames) else PeerNames(names or {})
         self._options = tuple(options)
         self._links: dict[tuple[str, str], Link] = {}
         self._credentials: dict[str, tuple[Any, Any]] = {}
+        # Whether the certificate of this generation of ours has a DNS SAN, so that those of its neighbours will, too.
+        self._named: tuple[Any, bool] = (None, False)
         # Taken again by a call that the garbage collector finds while it is held.
         self._lock = threading.RLock()
         self._process = 0
@@ -97,15 +141,15 @@ class Links:
         old = None
         with self._lock:
             link = self._links.get(key)
-            if link is None or link.own is not current or link.is_down:
-                fresh = Link(self._make(address, identity, current, connect_timeout), current)
+            if link is None or link.own is not current or link.is_down or link.is_spent:
+                fresh = self._make(address, identity, current, connect_timeout)
                 if link is not None:
                     link.is_left = True
                     old = link if link.calls == 0 else None
                 link = self._links[key] = fresh
             link.calls += 1
         if old is not None:
-            self._shut(old.channel)
+            self._shut(old)
         return link
 
     def give(self, link: Link) -> None:
@@ -116,7 +160,7 @@ class Links:
             link.calls -= 1
             is_last = link.is_left and link.calls == 0
         if is_last:
-            self._shut(link.channel)
+            self._shut(link)
 
     def standing(self, link: Link) -> tuple[bool, bool]:
         """Right after a failure: is the link connected, and does it fail to connect? Remembers the second."""
@@ -139,18 +183,12 @@ class Links:
                 )
             self._process = _process
 
-    def _make(self, address: str, identity: str, current: Any, connect_timeout: float) -> Any:
-        # The last one of a name counts.
-        options = [
-            *self._options,
-            ("grpc.enable_retries", 0),  # one layer retries: the core
-            ("grpc.service_config_disable_resolution", 1),
-            ("grpc.use_local_subchannel_pool", 1),  # a new link is a new connection, never one of an older identity
-            ("grpc.enable_http_proxy", 0),  # an address of discover is where to go
-            ("grpc.min_reconnect_backoff_ms", max(1, round(connect_timeout * 1000))),  # gRPC's name for the time to connect
-        ]
+    def _make(self, address: str, identity: str, current: Any, connect_timeout: float) -> Link:
+        if identity and self._is_relayed(identity, current):
+            return self._make_relayed(address, identity, current, connect_timeout)
+        options = self._channel_options(connect_timeout)
         if not identity:
-            return self._open(address, None, options)
+            return Link(self._open(address, None, options), None)
         trust_domain, name = dns_name(identity, self._names)
         own, credentials = self._credentials.get(trust_domain, (None, None))
         if own is not current:
@@ -162,7 +200,53 @@ class Links:
                 )
             credentials = grpc.ssl_channel_credentials(bytes(bundle), bytes(current.key), bytes(current.chain))
             self._credentials[trust_domain] = current, credentials
-        return self._open(address, credentials, [*options, ("grpc.ssl_target_name_override", name)])
+        return Link(self._open(address, credentials, [*options, ("grpc.ssl_target_name_override", name)]), current)
+
+    def _make_relayed(self, address: str, identity: str, current: Any, connect_timeout: float) -> Link:
+        tls = self._outbound.identity.client_tls
+        if tls is None:
+            raise errors.IdentityError(
+                f"the call to {self.service!r} needs mutual TLS, and the identity of this process was withdrawn.",
+                hint="See the log for who took it back, and why.",
+            )
+        relay = self._open_relay(tls, identity, address, connect_timeout)
+        try:
+            # To the server the call is one to the service, not to a socket; who has said otherwise is heard.
+            options = [("grpc.default_authority", self.service), *self._channel_options(connect_timeout + RELAY_PATIENCE)]
+            return Link(self._open(relay.target, None, options), current, relay)
+        except BaseException:
+            self._close_relay(relay, is_waiting=False)
+            raise
+
+    def _is_relayed(self, identity: str, current: Any) -> bool:
+        """Is the SPIFFE ID to be checked by us, since no DNS name would prove it?"""
+        if self._names.check != "auto":
+            return self._names.check == "spiffe"
+        trust_domain, _ = core.parse_spiffe_id(identity)
+        if not self._names.has_own_ca or trust_domain != current.trust_domain or not has_dns_name(identity, self._names):
+            return True
+        if self._named[0] is not current:
+            self._named = current, is_named(current)
+        return not self._named[1]
+
+    def _channel_options(self, connect_timeout: float) -> list[tuple[str, Any]]:
+        # The last one of a name counts.
+        return [
+            *self._options,
+            ("grpc.enable_retries", 0),  # one layer retries: the core
+            ("grpc.service_config_disable_resolution", 1),
+            ("grpc.use_local_subchannel_pool", 1),  # a new link is a new connection, never one of an older identity
+            ("grpc.enable_http_proxy", 0),  # an address of discover is where to go
+            ("grpc.min_reconnect_backoff_ms", max(1, round(connect_timeout * 1000))),  # gRPC's name for the time to connect
+        ]
+
+    def __del__(self) -> None:
+        # Dropped without a word: gRPC closes its channels then, and the relays follow.
+        if self._process == _process:
+            for link in self._links.values():
+                if link.relay is not None:
+                    with suppress(Exception):  # the interpreter may be on its way out
+                        self._close_relay(link.relay, is_waiting=False)
 
     def _drop_all(self) -> list[Link]:
         self.is_closed = True
@@ -173,7 +257,13 @@ class Links:
     def _open(self, address: str, credentials: Any, options: Options) -> Any:
         raise NotImplementedError
 
-    def _shut(self, channel: Any) -> None:
+    def _open_relay(self, tls: core.TlsClient, identity: str, address: str, connect_timeout: float) -> Relay:
+        raise NotImplementedError
+
+    def _close_relay(self, relay: Relay, *, is_waiting: bool) -> None:
+        raise NotImplementedError
+
+    def _shut(self, link: Link) -> None:
         raise NotImplementedError
 
     def _state(self, channel: Any) -> grpc.ChannelConnectivity:
@@ -208,14 +298,23 @@ class AioLinks(Links):
 
     async def close(self, grace: float | None) -> None:
         links = self._drop_all()
-        await asyncio.gather(*(link.channel.close(grace) for link in links), *self._closing)
+        await asyncio.gather(*(_end(link, grace) for link in links), *self._closing)
 
     def _open(self, address: str, credentials: Any, options: Options) -> grpc.aio.Channel:
         if credentials is None:
             return grpc.aio.insecure_channel(address, options=options)
         return grpc.aio.secure_channel(address, credentials, options=options)
 
-    def _shut(self, channel: grpc.aio.Channel) -> None:
+    def _open_relay(self, tls: core.TlsClient, identity: str, address: str, connect_timeout: float) -> Relay:
+        assert self._loop is not None  # `take` has seen to it
+        relay = Relay(self._loop, tls, identity, address, connect_timeout)
+        relay.start()
+        return relay
+
+    def _close_relay(self, relay: Relay, *, is_waiting: bool) -> None:
+        relay.close_soon()
+
+    def _shut(self, link: Link) -> None:
         loop = self._loop
         if loop is None or loop.is_closed():
             return  # gRPC closes what nobody holds
@@ -224,12 +323,12 @@ class AioLinks(Links):
         except RuntimeError:
             is_here = False
         if is_here:
-            self._close_soon(loop, channel)
+            self._close_soon(loop, link)
         else:  # the garbage collector may find the last call in any thread
-            loop.call_soon_threadsafe(self._close_soon, loop, channel)
+            loop.call_soon_threadsafe(self._close_soon, loop, link)
 
-    def _close_soon(self, loop: asyncio.AbstractEventLoop, channel: grpc.aio.Channel) -> None:
-        task = loop.create_task(channel.close(None))
+    def _close_soon(self, loop: asyncio.AbstractEventLoop, link: Link) -> None:
+        task = loop.create_task(_end(link, None))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -242,15 +341,26 @@ class SyncLinks(Links):
 
     def close(self) -> None:
         for link in self._drop_all():
-            link.channel.close()
+            self._end(link, is_waiting=True)
 
     def _open(self, address: str, credentials: Any, options: Options) -> grpc.Channel:
         if credentials is None:
             return grpc.insecure_channel(address, options=options)
         return grpc.secure_channel(address, credentials, options=options)
 
-    def _shut(self, channel: grpc.Channel) -> None:
-        channel.close()
+    def _open_relay(self, tls: core.TlsClient, identity: str, address: str, connect_timeout: float) -> Relay:
+        return grpc_relay_thread.relay_thread.open(tls, identity, address, connect_timeout)
+
+    def _close_relay(self, relay: Relay, *, is_waiting: bool) -> None:
+        grpc_relay_thread.relay_thread.close(relay, is_waiting=is_waiting)
+
+    def _shut(self, link: Link) -> None:
+        self._end(link, is_waiting=False)
+
+    def _end(self, link: Link, *, is_waiting: bool) -> None:
+        link.channel.close()
+        if link.relay is not None:
+            self._close_relay(link.relay, is_waiting=is_waiting)
 
     def _state(self, channel: grpc.Channel) -> grpc.ChannelConnectivity:
         # The blocking API tells the state only to subscribers, from a thread of gRPC's that ends soon after. Only failures come here.
@@ -265,6 +375,26 @@ class SyncLinks(Links):
             channel.unsubscribe(tell)
 
 
+async def _end(link: Link, grace: float | None) -> None:
+    await link.channel.close(grace)
+    if link.relay is not None:
+        await link.relay.close()
+
+
+def is_named(own: Any) -> bool:
+    """Whether a certificate of ours has a DNS name of its own trust domain, as our CA writes one."""
+    names = certificates.dns_names_of(x509.load_pem_x509_certificate(own.chain))
+    return any(name.endswith(f".{own.trust_domain}") for name in names)
+
+
+def has_dns_name(identity: str, names: Mapping[str, str]) -> bool:
+    try:
+        dns_name(identity, names)
+    except errors.IdentityError:
+        return False
+    return True
+
+
 def dns_name(identity: str, names: Mapping[str, str]) -> tuple[str, str]:
     """The trust domain of a SPIFFE ID, and the DNS SAN that our CA writes into its certificate.
 
@@ -277,7 +407,7 @@ def dns_name(identity: str, names: Mapping[str, str]) -> tuple[str, str]:
     if identity in names:
         return trust_domain, names[identity]
     raise errors.IdentityError(
-        f"a gRPC channel can't check the identity {identity!r}.",
-        hint="gRPC compares DNS names only. Our CA writes one for spiffe://<trust domain>/ns/<namespace>/sa/<service>, "
-        "and for the identity of a service in mesh.yaml.",
+        f"a gRPC channel can't check the identity {identity!r} by a DNS name.",
+        hint="Our CA writes one for spiffe://<trust domain>/ns/<namespace>/sa/<service>, and for the identity of a service in "
+        "mesh.yaml. Set secure.peer_check of the service to auto or spiffe: then the SPIFFE ID is checked.",
     )

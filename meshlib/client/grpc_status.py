@@ -7,7 +7,8 @@ callers of the mesh catch. (It serves `grpc.Channel`, too: an `AioRpcError` is a
 `judge` decides what became of an attempt that gRPC reports as failed. gRPC tells callers neither whether a status came from the
 peer nor whether the request left, and its texts can be forged by any server that relays an error of its own upstream. So the text
 alone never proves "nothing was sent"; it has to agree with the state of the channel to that one endpoint. What can't be proved
-counts as sent, and is not repeated unless the call is idempotent.
+counts as sent, and is not repeated unless the call is idempotent. Why a connection failed is read from gRPC's text, or better told by
+the relay behind which the TLS is ours (grpc_relay.py).
 """
 
 from __future__ import annotations
@@ -48,19 +49,30 @@ STATUS: dict[grpc.StatusCode, int] = {
 NOT_CONNECTED = "failed to connect to all addresses"
 # What stands in those details when there was a connection, but not to whom we expect.
 NOT_PROVED = ("handshake", "certificate", "verification")
+# The same, as a relay says it.
+UNPROVED = (errors.PeerIdentityError, errors.TlsError)
 
 
-def judge(code: grpc.StatusCode, details: str | None, *, is_ready: bool, is_down: bool, is_late: bool) -> tuple[int, int]:
+def judge(
+    code: grpc.StatusCode,
+    details: str | None,
+    *,
+    is_ready: bool,
+    is_down: bool,
+    is_late: bool,
+    why: errors.AttemptFailed | None = None,
+) -> tuple[int, int]:
     """The outcome and status of an attempt that ended with a code other than OK.
 
     `is_ready` and `is_down` tell how the channel to the endpoint stands right after: connected, or failing to connect. `is_late`:
-    the attempt's time was up.
+    the attempt's time was up. `why`: what the link's relay knows of its last connection, which says nothing of one that stands.
     """
     status = STATUS.get(code, 500)
     if code is grpc.StatusCode.UNAVAILABLE:
         text = (details or "").lower()
         if text.startswith(NOT_CONNECTED) and is_down:
-            return (core.OUTCOME_IDENTITY if any(word in text for word in NOT_PROVED) else core.OUTCOME_REFUSED), status
+            is_unproved = any(word in text for word in NOT_PROVED) if why is None else isinstance(why, UNPROVED)
+            return (core.OUTCOME_IDENTITY if is_unproved else core.OUTCOME_REFUSED), status
         if not is_ready:
             return core.OUTCOME_RESET, status
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and is_late:
