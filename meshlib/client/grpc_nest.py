@@ -20,6 +20,7 @@ import os
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 import threading
 from contextlib import suppress
@@ -28,8 +29,8 @@ from typing import Any, Final
 
 from meshlib import errors
 
-# What `sun_path` holds, without its end.
-LONGEST_PATH: Final = 107
+# What `sun_path` holds, without its end; on systems that come from BSD it is shorter.
+LONGEST_PATH: Final = 107 if sys.platform == "linux" else 103
 # gRPC makes one connection at a time for a link.
 BACKLOG: Final = 8
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid

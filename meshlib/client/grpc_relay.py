@@ -112,6 +112,8 @@ class Relay:
 
     def close_soon(self) -> None:
         """The same from any thread, without waiting for it."""
+        if self._is_closed:
+            return  # or its process is another one
         if self.loop.is_closed():
             self.bury()
         else:
