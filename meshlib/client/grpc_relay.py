@@ -54,10 +54,10 @@ class Relay:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, tls: core.TlsClient, identity: str, address: str, connect_timeout: float
     ) -> None:
+        self.loop: asyncio.AbstractEventLoop = loop
         for other in tuple(_relays):
             if other.loop.is_closed():
                 other.bury()
-        self.loop = loop
         self.tls = tls
         self.identity = identity
         self.address = address
