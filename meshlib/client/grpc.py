@@ -25,7 +25,7 @@ import grpc.aio
 
 from .grpc_course import IDEMPOTENT
 from .grpc_interceptors import client_interceptors, sync_client_interceptors
-from .grpc_links import READY, AioLinks, Options
+from .grpc_links import READY, AioLinks, Options, peer_names
 from .grpc_status import rpc_error
 from .grpc_stubs import StreamStream, StreamUnary, UnaryStream, UnaryUnary
 from .grpc_sync import MeshSyncChannel
@@ -49,19 +49,12 @@ LOOK_EVERY = 0.05
 
 def open_channel(mesh: Any, service: str, *, idempotent: Iterable[str] = (), options: Options = ()) -> MeshChannel:
     """A `grpc.aio.Channel` to a Service of a mesh."""
-    return MeshChannel(service, mesh.outbound, idempotent=idempotent, options=options, names=_names(mesh, service))
+    return MeshChannel(service, mesh.outbound, idempotent=idempotent, options=options, names=peer_names(mesh.config, service))
 
 
 def open_sync_channel(mesh: Any, service: str, *, idempotent: Iterable[str] = (), options: Options = ()) -> MeshSyncChannel:
     """A `grpc.Channel` to a Service of a mesh."""
-    return MeshSyncChannel(service, mesh.outbound, idempotent=idempotent, options=options, names=_names(mesh, service))
-
-
-def _names(mesh: Any, service: str) -> dict[str, str]:
-    """The DNS SAN of a service whose identity was written by hand."""
-    config = mesh.config
-    known = config.services.get(service)
-    return {} if known is None else {known.identity: f"{service}.{config.secure.namespace}.{config.trust_domain}"}
+    return MeshSyncChannel(service, mesh.outbound, idempotent=idempotent, options=options, names=peer_names(mesh.config, service))
 
 
 class MeshChannel(grpc.aio.Channel):
