@@ -170,14 +170,16 @@ class Passage:
 
     async def _connect(self) -> None:
         loop, address = self.relay.loop, self.relay.address
-        host, port = split_address(address)
         try:
+            host, port = split_address(address)
             if port is None:
                 await loop.create_unix_connection(lambda: Far(self), host)
             else:
                 await loop.create_connection(lambda: Far(self), host, port)
         except OSError as error:
             self.end(unreachable(address, error))
+        except ValueError as error:  # no address at all, or a name that can't be one
+            self.end(unreachable(address, OSError(str(error))))
 
     def _late(self) -> None:
         self._timer = None

@@ -454,6 +454,14 @@ async def test_a_refused_connection_is_told_and_another_endpoint_used(shop: Shop
     assert isinstance(error.__cause__, errors.ConnectFailed)
 
 
+async def test_an_address_that_is_none_is_a_failed_connection(shop: Shop) -> None:
+    address = "a..b:1"
+    async with aio_channel(shop.party("storefront").knows([address])) as channel:
+        error = await failure(channel.unary_unary(ECHO)(b"x"))
+    assert set(sent(error)) == {"refused"}
+    assert isinstance(error.__cause__, errors.ConnectFailed)
+
+
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 async def test_connecting_and_the_handshake_share_one_time(tmp_path: Path, answer: bytes) -> None:
     """A server that accepts and says nothing takes no longer than `admit.connect`; one that speaks no TLS fails at once."""
@@ -589,6 +597,46 @@ async def test_identities_are_replaced_under_load_without_a_failed_call(shop: Sh
         await asyncio.gather(*workers)
         await until(lambda: len(grpc_relay._relays) == 2)
     assert party.of()["failures"] == 0
+    nothing_is_left()
+
+
+def test_threads_lose_no_call_either(tmp_path: Path) -> None:
+    """Four threads, and a new identity every few calls: the relays of earlier ones end, their thread stays."""
+    shop = Shop(tmp_path, yaml_of(more=TURNS, allow=RULES))
+    failed: list[BaseException] = []
+    done, is_over = [0] * 4, threading.Event()
+    with foreign_in_threads(shop.ca) as address:
+        party = shop.party("storefront").knows([address])
+        assert party.identity is not None
+
+        def work(number: int, echo: Any) -> None:
+            try:
+                while not is_over.is_set():
+                    assert echo(b"x", timeout=10) == b"x"
+                    done[number] += 1
+            except BaseException as error:
+                failed.append(error)
+
+        with sync_channel(party) as channel:
+            workers = [threading.Thread(target=work, args=(number, channel.unary_unary(ECHO))) for number in range(4)]
+            for worker in workers:
+                worker.start()
+            for _ in range(8):
+                goal = sum(done) + 30
+                end = time.monotonic() + 10
+                while sum(done) < goal and not failed and time.monotonic() < end:
+                    time.sleep(0.005)
+                shop.certify()
+                assert party.identity.refresh(time.time())
+            is_over.set()
+            for worker in workers:
+                worker.join(15)
+            channel.unary_unary(ECHO)(b"x")
+            assert (failed, party.of()["failures"]) == ([], 0)
+            end = time.monotonic() + 5
+            while len(grpc_relay._relays) > 1 and time.monotonic() < end:
+                time.sleep(0.01)
+            assert list(grpc_relay._relays) == relays_of(channel)
     nothing_is_left()
 
 
