@@ -1,13 +1,15 @@
 """Where do the sockets lie over which gRPC reaches a relay of this very process, and who may use them?
 
-In a folder of the process's own under the system's temporary folder (TMPDIR), which is there while it holds a socket. Three things keep
-others out: the folder is private (0700); a socket's name is known to this process and whoever may look into the folder; and on Linux
-the kernel says which process is at the other end (SO_PEERCRED), and any but ours is shut out. Where the platform doesn't tell, the
-folder alone has to do: other processes of the same user could then call as this service.
+In a folder of the process's own under the system's temporary folder (TMPDIR), which is there while it holds a socket. Two things keep
+others out: the folder is private (0700), which shuts out other users; and on Linux the kernel says which process is at the other end
+(SO_PEERCRED), and any but ours is shut out, also of the same user. Where the platform doesn't tell, the folder alone has to do: other
+processes of the same user could then call as this service.
 
-What is left open on Linux: plain text crosses the kernel between two sockets of one process. Root, and a process of the same user that
-may trace this one (ptrace), could read it there; both could read the private key in its memory as well. A process of the same user
-could also unlink the socket, or fill its queue: calls would fail then, and go nowhere else.
+What is left open: plain text crosses the kernel between two sockets of one process. Root, and a process of the same user that may
+trace this one (ptrace), could read it there; both could read the private key in its memory as well. A process of the same user may
+also write to the folder: it could take the socket away, so that calls fail, or put one of its own in its place and get what gRPC sends
+with its next connection. As everywhere in meshlib, files of the service's own user are trusted: a service that doesn't trust its
+neighbours has a user of its own.
 
 A process that is killed leaves its folder behind, with sockets on which nobody listens. A forked child has a folder of its own. This
 file moves no bytes.

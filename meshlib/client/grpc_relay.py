@@ -300,7 +300,8 @@ class Passage:
             self._timer.cancel()
             self._timer = None
         if error is not None:
-            self.relay.error = error
+            # Callers may keep it for long, and its frames would keep this connection.
+            self.relay.error = error.with_traceback(None)
             log.debug("no connection for gRPC to %s: %s", self.relay.address, error)
         self._connecting.cancel()
         near, far = self.near, self.far
