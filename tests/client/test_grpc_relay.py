@@ -52,8 +52,6 @@ from grpc_world import (
     yaml_of,
 )
 
-pytestmark = pytest.mark.skipif(not hasattr(core, "TlsTunnel"), reason="the core is older than TlsTunnel")
-
 RULES = 'peer_check: spiffe, allow: [{from: [storefront], paths: ["/shop.Inventory/*"]}]'
 TURNS = "retry: {attempts: 1, backoff: [0.001, 0.002]}\nbalance: {policy: round_robin}"
 INVENTORY = "spiffe://shop.internal/ns/default/sa/inventory"
