@@ -79,10 +79,6 @@ class Link:
         """Why the last connection failed, where that is known better than gRPC tells it."""
         return None if self.relay is None else self.relay.error
 
-    @property
-    def is_spent(self) -> bool:
-        return self.relay is not None and self.relay.is_spent
-
 
 class PeerNames(dict[str, str]):
     """What the configuration knows about checking a service: the DNS SANs of identities that don't tell it, and by which way.
@@ -141,7 +137,7 @@ class Links:
         old = None
         with self._lock:
             link = self._links.get(key)
-            if link is None or link.own is not current or link.is_down or link.is_spent:
+            if link is None or link.own is not current or link.is_down or (link.relay is not None and link.relay.is_spent):
                 fresh = self._make(address, identity, current, connect_timeout)
                 if link is not None:
                     link.is_left = True
@@ -281,8 +277,10 @@ class AioLinks(Links):
         self._closing: set[asyncio.Task[None]] = set()
 
     def check_home(self) -> None:
-        super().check_home()
         loop = asyncio.get_running_loop()
+        if self._loop is loop and self._process == _process and not self.is_closed:
+            return  # as nearly always
+        super().check_home()
         if self._loop is not loop:
             if self._loop is not None:
                 raise errors.MeshError(
