@@ -137,9 +137,7 @@ class GrpcPeers:
 
 def _python_with_protos() -> str:
     if not any((ROOT / ".venv-peers").glob("lib/python*/site-packages/envoy/service/discovery/v3/ads_pb2_grpc.py")):
-        raise Absent(
-            "there is no control plane for grpc-xds: xds-protos is not installed (make .venv-peers/made)"
-        )
+        raise Absent("there is no control plane for grpc-xds: xds-protos is not installed (make .venv-peers/made)")
     return str(ROOT / ".venv-peers" / "bin" / "python")
 
 

@@ -22,6 +22,7 @@ import asyncio
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -50,10 +51,16 @@ STATE_PATIENCE = 0.5
 RELAY_PATIENCE = 0.25
 
 _process = os.getpid()
+# The links of asyncio that have a channel; and of a forked process the parent, if that had some: its gRPC is of no use to asyncio then.
+_with_channels: weakref.WeakSet[AioLinks] = weakref.WeakSet()
+_busy_parent = 0
 
 
 def _after_fork() -> None:
-    global _process
+    global _process, _busy_parent
+    if _with_channels:
+        _busy_parent = _process
+        _with_channels.clear()
     _process = os.getpid()
 
 
@@ -116,6 +123,8 @@ class Links:
         self._names = names if isinstance(names, PeerNames) else PeerNames(names or {})
         self._options = tuple(options)
         self._links: dict[tuple[str, str], Link] = {}
+        # Those that were replaced and have calls.
+        self._left: set[Link] = set()
         self._credentials: dict[str, tuple[Any, Any]] = {}
         # Whether the certificate of this generation of ours has a DNS SAN, so that those of its neighbours will, too.
         self._named: tuple[Any, bool] = (None, False)
@@ -141,7 +150,10 @@ class Links:
                 fresh = self._make(address, identity, current, connect_timeout)
                 if link is not None:
                     link.is_left = True
-                    old = link if link.calls == 0 else None
+                    if link.calls == 0:
+                        old = link
+                    else:
+                        self._left.add(link)
                 link = self._links[key] = fresh
             link.calls += 1
         if old is not None:
@@ -154,7 +166,9 @@ class Links:
             return  # forked: the channels are the parent's
         with self._lock:
             link.calls -= 1
-            is_last = link.is_left and link.calls == 0
+            is_last = link.is_left and link.calls == 0 and not self.is_closed
+            if is_last:
+                self._left.discard(link)
         if is_last:
             self._shut(link)
 
@@ -247,7 +261,8 @@ class Links:
     def _drop_all(self) -> list[Link]:
         self.is_closed = True
         with self._lock:
-            links, self._links = list(self._links.values()), {}
+            links = [*self._links.values(), *self._left]
+            self._links, self._left = {}, set()
         return links
 
     def _open(self, address: str, credentials: Any, options: Options) -> Any:
@@ -281,6 +296,12 @@ class AioLinks(Links):
         if self._loop is loop and self._process == _process and not self.is_closed:
             return  # as nearly always
         super().check_home()
+        if _busy_parent:
+            raise errors.MeshError(
+                f"process {_process} was forked from {_busy_parent} while that had gRPC channels of asyncio open: its own would hang.",
+                hint="Close them before the fork, start the process anew (multiprocessing's spawn), or use sync_grpc_channel here.",
+                reason="grpc.forked",
+            )
         if self._loop is not loop:
             if self._loop is not None:
                 raise errors.MeshError(
@@ -296,9 +317,12 @@ class AioLinks(Links):
 
     async def close(self, grace: float | None) -> None:
         links = self._drop_all()
+        if self._process == _process:
+            _with_channels.discard(self)
         await asyncio.gather(*(_end(link, grace) for link in links), *self._closing)
 
     def _open(self, address: str, credentials: Any, options: Options) -> grpc.aio.Channel:
+        _with_channels.add(self)
         if credentials is None:
             return grpc.aio.insecure_channel(address, options=options)
         return grpc.aio.secure_channel(address, credentials, options=options)
@@ -353,9 +377,10 @@ class SyncLinks(Links):
         grpc_relay_thread.relay_thread.close(relay, is_waiting=is_waiting)
 
     def _shut(self, link: Link) -> None:
-        self._end(link, is_waiting=False)
+        # Maybe a callback of gRPC's found the last call, and the channel waits for the very thread that runs callbacks.
+        threading.Thread(target=self._end, args=(link,), name="meshlib-grpc-close", daemon=True).start()
 
-    def _end(self, link: Link, *, is_waiting: bool) -> None:
+    def _end(self, link: Link, *, is_waiting: bool = False) -> None:
         link.channel.close()
         if link.relay is not None:
             self._close_relay(link.relay, is_waiting=is_waiting)

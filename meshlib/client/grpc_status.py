@@ -66,6 +66,7 @@ def judge(
 
     `is_ready` and `is_down` tell how the channel to the endpoint stands right after: connected, or failing to connect. `is_late`:
     the attempt's time was up. `why`: what the link's relay knows of its last connection, which says nothing of one that stands.
+    Of attempts that we cancelled ourselves nobody asks.
     """
     status = STATUS.get(code, 500)
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -77,6 +78,9 @@ def judge(
             return core.OUTCOME_RESET, status
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and is_late:
         return core.OUTCOME_TIMEOUT, status
+    elif code is grpc.StatusCode.CANCELLED:
+        # Not by us: so a server of grpcio that stops answers calls that arrive at that moment, whether it began them or not.
+        return core.OUTCOME_RESPONSE, STATUS[grpc.StatusCode.UNAVAILABLE]
     return core.OUTCOME_RESPONSE, status
 
 

@@ -20,8 +20,6 @@ from meshlib.call import Call
 from .grpc_course import Course
 from .grpc_way import Method
 
-CANCELLED = grpc.StatusCode.CANCELLED
-
 
 class Outgoing:
     """A call with what is needed to send it again."""
@@ -96,7 +94,7 @@ class SyncFuture(grpc.Future, grpc.Call):  # type: ignore[type-arg]  # generic i
         course = self._course
         if code is grpc.StatusCode.OK:
             course.good()
-        elif code is CANCELLED or not course.fail(inner):
+        elif self._is_cancelled or not course.fail(inner):
             course.give_up()
         else:
             self._again()
@@ -137,15 +135,15 @@ class SyncFuture(grpc.Future, grpc.Call):  # type: ignore[type-arg]  # generic i
         return True
 
     def cancelled(self) -> bool:
-        return self._is_over.is_set() and self._error is None and bool(self._inner.cancelled())
-
-    def running(self) -> bool:
-        return not self._is_over.is_set()
-
-    is_active = running
+        return self._is_cancelled
 
     def done(self) -> bool:
-        return self._is_over.is_set()
+        return self._is_cancelled or self._is_over.is_set()
+
+    def running(self) -> bool:
+        return not self.done()
+
+    is_active = running
 
     def result(self, timeout: float | None = None) -> Any:
         settled = self._settled(timeout)
@@ -196,6 +194,7 @@ class Responses:
         self._course = outgoing.course
         self._lock = threading.RLock()
         self._inner: Any = None
+        self._is_cancelled = False
         # A refusal of the mesh.
         self._error: Any = None
         self._launch()
@@ -240,6 +239,7 @@ class Responses:
 
     def cancel(self) -> bool:
         """Give up. A call that the mesh refused is over."""
+        self._is_cancelled = True
         return self._error is None and bool(self._inner.cancel())
 
     def __getattr__(self, name: str) -> Any:
@@ -248,13 +248,14 @@ class Responses:
     def __del__(self) -> None:
         inner = self.__dict__.get("_inner")
         if inner is not None:
+            self._is_cancelled = True
             inner.cancel()
 
     def _goes_on(self) -> bool:
         """The attempt failed under the eyes of who reads. True: before its answer began, and there is another."""
         with self._lock:
             course, inner = self._course, self._inner
-            if course.is_headed or course.is_over or inner.code() is CANCELLED:
+            if course.is_headed or course.is_over or self._is_cancelled:
                 return False
             return course.fail(inner)
 
@@ -267,7 +268,7 @@ class Responses:
                 return
             if code is grpc.StatusCode.OK or course.is_headed:
                 course.head()
-                course.end(code, is_cancelled=code is CANCELLED)
-            elif code is CANCELLED:
+                course.end(code, is_cancelled=self._is_cancelled)
+            elif self._is_cancelled:
                 course.give_up()
             # Otherwise who reads finds it failed, and may try again.
