@@ -225,6 +225,10 @@ class Visit:
             self._errands = set()
         made = Errand(self._errands)
         self._errands.add(made)
+        if self.is_gone:
+            # Another thread has said so meanwhile, and may not have seen this one.
+            self._errands.discard(made)
+            raise gone_away()
         return made
 
     def cut(self) -> None:
@@ -242,7 +246,7 @@ class Visit:
 
 
 class Errand:
-    """One idempotent call on behalf of a visit, and the task that waits for it."""
+    """One idempotent call on behalf of a visit, and the task that waits for it; a thread that waits can't be told."""
 
     __slots__ = ("_before", "_is_cut", "_others", "_task")
 
@@ -250,7 +254,10 @@ class Errand:
         import asyncio
 
         self._others = others
-        self._task = asyncio.current_task()
+        try:
+            self._task = asyncio.current_task()
+        except RuntimeError:
+            self._task = None
         # As asyncio.timeout does it: who else cancels the task is still heard.
         self._before = 0 if self._task is None else self._task.cancelling()
         self._is_cut = False
@@ -278,10 +285,10 @@ class Errand:
         self._others.discard(self)
         if not self._is_cut or self._task is None:
             return False
+        import asyncio
+
         self._is_cut = False
-        left = self._task.uncancel()
-        # Not by its class: asyncio is imported by those who have a loop.
-        return left <= self._before and type(error).__name__ == "CancelledError"
+        return self._task.uncancel() <= self._before and isinstance(error, asyncio.CancelledError)
 
 
 def gone_away() -> CallerGone:

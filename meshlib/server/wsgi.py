@@ -84,8 +84,7 @@ class MeshWSGI:
             arrived=arrived,
         )
         exchange = Exchange(way, entry, start_response, peer)
-        observer = way.observer
-        if observer is not None and observer.recorder() is not None and (entry.status or not self._is_traced()):
+        if way.recorder() is not None and (entry.status or not self._is_traced()):
             exchange.span = way.span(method, entry, headers, peer)
         exchange.headers = kept = frozen(headers)
         todo = entry.todo & _UNSEEN
@@ -137,8 +136,6 @@ class Exchange(Visit):
 
     It changes nothing, but for header fields of the mesh in the head of an answer.
     """
-
-    __slots__ = ("_is_over", "_start_response", "_way", "fields", "span", "status", "tokens")
 
     entry: core.Entry
 
@@ -232,8 +229,8 @@ class Exchange(Visit):
         if self._is_over:
             return
         self._is_over = True
-        # What runs on behind the answer has no deadline.
-        self.end = None
+        # What runs on behind the answer has time of its own.
+        self.over()
         if error is not None and not self.status:
             self.status = 500  # what the server will answer for it
         self._way.leave(self.entry, self.status)
@@ -264,8 +261,8 @@ class Body:
         return iter(self._body)
 
     def close(self) -> None:
-        # What the application does behind its answer has no deadline.
-        self._exchange.end = None
+        # What the application does behind its answer has time of its own.
+        self._exchange.over()
         try:
             if self._close is not None:
                 self._close()
