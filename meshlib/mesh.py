@@ -462,10 +462,34 @@ class Mesh:
         return sync_server_interceptors(self.start())
 
     def add_grpc_port(self, server: Any, address: str, *, plain: str | None = None) -> int:
-        """Listen on an address with the service's own certificate, which rotates by itself; returns the port."""
+        """Listen on an address with the service's own certificate, which rotates by itself; returns the port.
+
+        The server ends with the process: after `drain()` it takes no new calls, and those under way have their grace.
+        """
         from .server.grpc import add_port
 
         return add_port(self.start(), server, address, plain=plain)
+
+    def add_grpc_health(self, server: Any, *names: str) -> None:
+        """Answer gRPC's health checks: SERVING until the process begins to end. `names` are known beside "" and the service's own."""
+        from .server.grpc_health import add_health
+
+        add_health(self.start(), server, names)
+
+    async def serve_grpc(self, server: grpc.aio.Server) -> None:
+        """Start a `grpc.aio` server and serve until the process is told to end; for processes that serve nothing else.
+
+        It drains as `serve` does, and comes back then. Raises `ListenError`.
+        """
+        from .server.grpc_end import serve
+
+        await serve(self, server)
+
+    def sync_serve_grpc(self, server: grpc.Server) -> None:
+        """The same for a `grpc.server`, in the main thread."""
+        from .server.grpc_end import serve_blocking
+
+        serve_blocking(self, server)
 
     # --- the keeper's work
 

@@ -295,6 +295,7 @@ class Gate:
         wall: float = 0.0,
         source: str = "",
         port: int = 0,
+        can_wait: bool = False,  # an entry with a ticket is waited with; otherwise it finds a place at once, or is refused
     ) -> Entry: ...
     def reset(self) -> None: ...
     def called(self) -> list[int]: ...  # tickets that were called by entries which nobody ended

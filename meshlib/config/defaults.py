@@ -230,7 +230,9 @@ _ROWS: Final = (
     Default("admit.check.successes", 2, "successes", 1, 1000, "Envoy",
             "in a row: one good answer may be luck"),
     # ------------------------------------------------------------------------------------------------ inbound
-    Default("inbound.probes", ("/healthz", "/livez", "/readyz"), "", None, None, "Kubernetes",
+    Default("inbound.probes",
+            ("/healthz", "/livez", "/readyz", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"),
+            "", None, None, "Kubernetes",
             "who is busy is not ill: an overload must not look like a death; rules hold for them as for all others"),
     Default("inbound.queue", 0.5, "", 0, 10, "meshlib",
             "half as many as are served may wait for a place: a burst passes, and an overload is told at once; 0 lets nobody wait"),

@@ -148,10 +148,7 @@ def _rates(text: Text, at: Path, service: Mapping[str, Any], stores: Mapping[str
         store = rate.get("store", TABLE["admit.rate.store"].value)
         if not isinstance(store, str) or not is_name(store) or store == "local":
             continue
-        if service.get("protocol") == "grpc":
-            message = f"calls of protocol grpc are not counted in {store} yet: this limit would hold nobody"
-            text.refuse((*place, "store"), message, "local: each process counts its own")
-        elif store not in stores:
+        if store not in stores:
             hint = f"{near(store, [*stores, 'local'])}local, or a section `stores: {{{store}: {{url: …}}}}`"
             text.refuse((*place, "store"), f"the store {store!r} is not configured", hint)
 

@@ -92,19 +92,15 @@ def _routes(found: Text, service: ServicePolicy) -> None:
         if place not in found.lines:
             continue
         if service.protocol == "grpc":
-            message = "on_disconnect is not for gRPC: its server decides what becomes of a call that was given up"
-            found.refuse(place, message, "leave it out")
+            if route.on_disconnect != "nothing":
+                message = "on_disconnect is not for gRPC: it cancels handlers of asyncio by itself, and nobody can cancel those in threads"
+                found.refuse(place, message, "leave it out; or nothing, for the calls of handlers in threads")
         elif route.match.methods or route.match.headers:
             message = "on_disconnect goes by the path alone: methods and headers of the match don't narrow it down"
             found.refuse(place, message, "a path of its own for what must not stop half-way")
 
 
 def _grpc(found: Text, at: Path, inbound: InboundPolicy) -> None:
-    if inbound.queue > 0 and (*at, "queue") in found.lines:
-        message = "queue is not for gRPC yet: who finds no place is refused at once"
-        found.refuse((*at, "queue"), message, "leave it out")
-    if inbound.queue > 0 and (*at, "codel") in found.lines:
-        found.refuse((*at, "codel"), "codel is not for gRPC yet: nobody waits", "leave it out")
     if inbound.public is not None:
         message = "public is not for gRPC yet: nobody listens there"
         found.refuse((*at, "public"), message, "a proxy with an identity of its own in front, and a rule that names it")

@@ -206,8 +206,7 @@ def _admission(own: ServicePolicy) -> Json:
     return {
         "in_flight": inbound.in_flight,
         "adaptive": None if inbound.adaptive is None else _adaptive(inbound.adaptive),
-        # Calls of gRPC don't wait for a place: its servers can't park them yet, so they are refused at once.
-        "queue": 0.0 if own.protocol == "grpc" else inbound.queue,
+        "queue": inbound.queue,
         "target": inbound.target,
         "interval": inbound.interval,
         "shares": list(inbound.shares),

@@ -10,9 +10,9 @@
 
 LEAVING is for those who don't hear of it at once: a load balancer that asks for readiness every few seconds goes on sending until it has
 asked, and whoever it sends is served. Nobody is waited for where a person has said it (SIGINT), or where nobody could see readiness: no
-probe listener, no metrics listener, nobody to be told. A client that has a kept-alive connection may be sending its next request while
-we close it; so, when CLOSING begins, an idle connection lives on for `LINGER` seconds, its next answer says that it is the last, and
-only then, and with nothing left to be read, it is closed.
+probe listener, no metrics listener, no health service of gRPC, nobody to be told. A client that has a kept-alive connection may be
+sending its next request while we close it; so, when CLOSING begins, an idle connection lives on for `LINGER` seconds, its next answer
+says that it is the last, and only then, and with nothing left to be read, it is closed.
 
 Of `grace` the last second is for the end itself: what is still under way is cut, the application's shutdown runs, and the process is gone
 when `wait` + `grace` are over.
@@ -67,6 +67,12 @@ class Closes(Protocol):
     is_closing: bool
 
 
+class Informed(Protocol):
+    """What is told of each phase. That may happen in a signal handler: it leaves word and does nothing else."""
+
+    def phase_changed(self) -> object: ...
+
+
 class Drain:
     """The end of one process. State of the Service that we are; one per mesh and process: `drain_of`.
 
@@ -80,6 +86,7 @@ class Drain:
             "_clock",
             "_closers",
             "_end",
+            "_informed",
             "_is_person",
             "_is_seen",
             "_left",
@@ -87,7 +94,7 @@ class Drain:
             "_terms",
             "_told",
         ),
-        *("_told_by", "_untold", "is_closing", "phase", "pid"),
+        *("_told_by", "_untold", "is_closing", "is_watched", "phase", "pid"),
     )
 
     def __init__(
@@ -104,6 +111,9 @@ class Drain:
         self._clock = clock
         self._callbacks: list[Callable[[], object]] = []
         self._closers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._informed: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Somebody is told of readiness by other means than a listener.
+        self.is_watched = False
         self.renew()
 
     def __repr__(self) -> str:
@@ -122,6 +132,7 @@ class Drain:
         self._told = False
         for closer in tuple(self._closers):
             closer.is_closing = False
+        self._inform()
 
     # --- who hears of it
 
@@ -133,6 +144,10 @@ class Drain:
         """Set its `is_closing` when CLOSING begins. It is not kept alive for that."""
         closer.is_closing = self.is_closing
         self._closers.add(closer)
+
+    def inform(self, listener: Informed) -> None:
+        """Call its `phase_changed` when a phase begins. It is not kept alive for that."""
+        self._informed.add(listener)
 
     # --- what happens
 
@@ -148,13 +163,14 @@ class Drain:
             if longest is not None and wait + grace > longest:
                 grace = max(longest - wait, longest / 2)
                 wait = longest - grace
-            waits = may_wait and not is_person and (bool(self._callbacks) or self._is_seen())
+            waits = may_wait and not is_person and (bool(self._callbacks) or self.is_watched or self._is_seen())
             self._left = now + (wait if waits else 0.0)
             self._told_by = now + TELL
             self._end = self._left + max(grace - LAST, grace / 2)
             self._is_person = is_person
             # The last: whoever looks meanwhile, looks at a whole.
             self.phase = Phase.LEAVING
+            self._inform()
             if not waits and not self._callbacks:
                 self._close()
         elif is_person and self.phase is Phase.LEAVING:
@@ -221,6 +237,11 @@ class Drain:
         self.phase = max(self.phase, Phase.CLOSING)
         for closer in tuple(self._closers):
             closer.is_closing = True
+        self._inform()
+
+    def _inform(self) -> None:
+        for listener in tuple(self._informed):
+            listener.phase_changed()
 
     def _tell(self) -> None:
         try:

@@ -10,40 +10,38 @@ A method's name is exact and never normalised: what isn't `/package.Service/Meth
 may call what is decided before a request message is parsed, and before it is told whether a method exists. The health service and
 reflection are methods like others: open them by a rule.
 
-Limits of what grpcio offers: metadata can't be taken out, so a handler must not believe any that speaks of identity; connections
-that exist are not closed when a root leaves the bundle (give the server `grpc.max_connection_age_ms`); its ports trust the roots of
-our own trust domain only, since grpcio can't tell which root belongs to which domain.
+Limits of what grpcio offers: metadata can't be taken out, so a handler must not believe any that speaks of identity. Connections that
+exist are not closed when what their peer proved ceases to hold (its certificate ends or is revoked, a root leaves the bundle): their
+calls are those of a caller without identity from then on, but for streams that were let in before (give the server
+`grpc.max_connection_age_ms` and `grpc.max_connection_age_grace_ms` where that matters). And who resumes a TLS session shows an earlier
+certificate, which is judged like any other.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from meshlib import errors
-from meshlib._native import core
 
-from .grpc_handlers import MeshInterceptor, MeshSyncInterceptor, Reception
-from .way import InboundWay
-
-# Chains of peers whose judgement is remembered, for as long as our own identity is the same.
-CHAINS_KEPT: Final = 1024
+from .grpc_handlers import MeshInterceptor, MeshSyncInterceptor
+from .grpc_visit import reception_of
 
 __all__ = ["MeshInterceptor", "MeshSyncInterceptor", "add_port", "server_interceptors", "sync_server_interceptors"]
 
 
 def server_interceptors(mesh: Any) -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
     """For `grpc.aio.server(interceptors=...)`."""
-    return [MeshInterceptor(_reception_of(mesh))]
+    return [MeshInterceptor(reception_of(mesh))]
 
 
 def sync_server_interceptors(mesh: Any) -> Sequence[grpc.ServerInterceptor[Any, Any]]:
     """For `grpc.server(interceptors=...)`."""
-    return [MeshSyncInterceptor(_reception_of(mesh))]
+    return [MeshSyncInterceptor(reception_of(mesh))]
 
 
 def add_port(mesh: Any, server: Any, address: str, *, plain: str | None = None) -> int:
@@ -52,6 +50,8 @@ def add_port(mesh: Any, server: Any, address: str, *, plain: str | None = None) 
     observe: plain text. enforce: mutual TLS; who shows no certificate of our trust domain gets no connection. permissive: the same at
     `address`, for callers of the mesh, and plain text at `plain` for the others: gRPC can't serve both on one port, nor ask for a
     certificate without requiring it. The rules judge both, and in mode permissive refuse neither.
+
+    The server is the mesh's to end from then on: by `mesh.drain()`, and with the process (`grpc_end.py`).
 
     A port that another gRPC server holds is shared with it, as gRPC does by default: for an error instead, give both servers the
     option ("grpc.so_reuseport", 0). Raises ListenError, IdentityError or ConfigError.
@@ -63,10 +63,14 @@ def add_port(mesh: Any, server: Any, address: str, *, plain: str | None = None) 
             hint="Leave `plain` out, or set secure.mode: permissive while callers join the mesh.",
         )
     if mode == "observe":
-        return _listen(server.add_insecure_port, address)
-    port = _listen(server.add_secure_port, address, _credentials(mesh))
+        port = _listen(server.add_insecure_port, address)
+    else:
+        port = _listen(server.add_secure_port, address, _credentials(mesh))
     if plain is not None:
         _listen(server.add_insecure_port, plain)
+    from .grpc_end import ends_with
+
+    ends_with(mesh, server)
     return port
 
 
@@ -97,15 +101,14 @@ def _nobody() -> Any:
 
 
 def _configuration(identity: Any) -> Any:
-    bundle = identity.bundles.get(identity.trust_domain)
-    if not bundle:
+    if not identity.bundles.get(identity.trust_domain):
         raise errors.TrustDomainError(
             f"our bundle holds no root of our own trust domain {identity.trust_domain!r}.",
             hint="Issue the identity anew: meshlib ca issue",
         )
-    return grpc.ssl_server_certificate_configuration(
-        [(bytes(identity.key), bytes(identity.chain))], root_certificates=bytes(bundle)
-    )
+    # All that we believe, ours and those of other trust domains; which root may vouch for whom is judged for each chain (`grpc_peer.py`).
+    roots = b"\n".join(bytes(bundle) for bundle in identity.bundles.values())
+    return grpc.ssl_server_certificate_configuration([(bytes(identity.key), bytes(identity.chain))], root_certificates=roots)
 
 
 def _identity_of(mesh: Any) -> Any:
@@ -116,53 +119,6 @@ def _identity_of(mesh: Any) -> Any:
             hint="Its certificate was never loaded: see the log, and `secure.identity` in mesh.yaml.",
         )
     return current
-
-
-def _reception_of(mesh: Any) -> Reception:
-    way = InboundWay(mesh.gate, mesh.observer, trust=mesh.trust)
-    return Reception(way, _trust_domain_of(mesh), is_revoked=_revocation_of(mesh))
-
-
-def _revocation_of(mesh: Any) -> Callable[[bytes], bool]:
-    """Is a certificate of this chain (PEM, the leaf first) revoked by a list of ours? gRPC itself looks at no list."""
-    seen: Any = None
-    known: dict[bytes, bool] = {}
-
-    def is_revoked(chain: bytes) -> bool:
-        nonlocal seen
-        current = mesh.identity.current if mesh.identity is not None else None
-        if current is None or not current.crls:
-            return False
-        if seen is not current or len(known) >= CHAINS_KEPT:
-            known.clear()
-            seen = current
-        found = known.get(chain)
-        if found is None:
-            found = known[chain] = not _is_believed(chain, current)
-        return found
-
-    return is_revoked
-
-
-def _is_believed(chain: bytes, identity: Any) -> bool:
-    """By the very function that judges the handshakes which are ours."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import Encoding
-
-    try:
-        certificates = [found.public_bytes(Encoding.DER) for found in x509.load_pem_x509_certificates(chain)]
-        core.verify_chain(certificates, identity.bundles, "", time.time(), "clients", identity.crls)
-    except (ValueError, errors.MeshError):
-        return False
-    return True
-
-
-def _trust_domain_of(mesh: Any) -> Callable[[], str]:
-    def trust_domain() -> str:
-        current = mesh.identity.current if mesh.identity is not None else None
-        return "" if current is None else str(current.trust_domain)
-
-    return trust_domain
 
 
 def _listen(add: Callable[..., int], address: str, *credentials: Any) -> int:

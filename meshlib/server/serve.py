@@ -143,7 +143,7 @@ def _tell(mesh: Inside, listeners: Listeners, server: str, workers: int) -> None
 @contextlib.contextmanager
 def _probed(mesh: Inside, listeners: Listeners, pulse: Pulse) -> Generator[None, None, None]:
     """While probes are answered, from before the application has started."""
-    probes = _answer_probes(mesh, listeners, pulse)
+    probes = answer_probes(mesh, listeners.probe, pulse)
     try:
         yield
     finally:
@@ -151,8 +151,9 @@ def _probed(mesh: Inside, listeners: Listeners, pulse: Pulse) -> Generator[None,
             probes.stop()
 
 
-def _answer_probes(mesh: Inside, listeners: Listeners, pulse: Pulse) -> ProbeListener | None:
-    if listeners.probe is None:
+def answer_probes(mesh: Inside, listening: socket.socket | None, pulse: Pulse) -> ProbeListener | None:
+    """Answer probes on a socket from now on, if there is one."""
+    if listening is None:
         return None
     drain = drain_of(mesh)
 
@@ -162,7 +163,7 @@ def _answer_probes(mesh: Inside, listeners: Listeners, pulse: Pulse) -> ProbeLis
         return "" if pulse.has_begun else "starting"
 
     probes = ProbeListener(mesh.metrics, why_not_ready=why_not_ready, pulse=pulse)
-    probes.start(mesh.keeper, listeners.probe)
+    probes.start(mesh.keeper, listening)
     return probes
 
 
@@ -396,4 +397,4 @@ def _start_in_worker(mesh: Inside, listeners: Listeners, pulse: Pulse) -> None:
 
         log.error("%s", error)
         raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from error
-    _answer_probes(mesh, listeners, pulse)
+    answer_probes(mesh, listeners.probe, pulse)

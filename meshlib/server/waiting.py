@@ -40,8 +40,8 @@ class Room:
                 with contextlib.suppress(RuntimeError):  # its loop is being closed
                     wake()
 
-    async def wait(self, entry: core.Entry) -> bool:
-        """True: it is in. Cancelled, it gives back what it may have been given."""
+    async def wait(self, entry: core.Entry, lost: int = 0) -> bool:
+        """True: it is in. Cancelled, it gives back what it may have been given, and has ended with the status `lost`."""
         loop = asyncio.get_running_loop()
         word = loop.create_future()
         ticket = entry.ticket
@@ -54,7 +54,7 @@ class Room:
             await word
         except BaseException:
             self._waiting.pop(ticket, None)
-            self.call(entry.finish(0, self._clock()) or ())
+            self.call(entry.finish(lost, self._clock()) or ())
             raise
         finally:
             timer.cancel()

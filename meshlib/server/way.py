@@ -157,9 +157,12 @@ class InboundWay:
             self.told(entry, method, target, peer)
         return entry
 
-    async def wait(self, entry: core.Entry, peer: Peer) -> bool:
-        """admit: wait until there is a place for an entry with a `ticket`. False: the call is refused and over."""
-        return await self.room.wait(entry) or self._over(entry, peer)
+    async def wait(self, entry: core.Entry, peer: Peer, lost: int = NO_STATUS) -> bool:
+        """admit: wait until there is a place for an entry with a `ticket`. False: the call is refused and over.
+
+        `lost` is the status of a call that is cancelled meanwhile.
+        """
+        return await self.room.wait(entry, lost) or self._over(entry, peer)
 
     def wait_blocking(self, entry: core.Entry, peer: Peer) -> bool:
         """The same for threads."""

@@ -100,7 +100,7 @@ def test_every_default_lies_in_its_range_and_has_a_reason() -> None:
         ("admit.check.successes", 2),
         ("stores.timeout", 0.05),
         ("route.on_disconnect", "calls"),
-        ("inbound.probes", ("/healthz", "/livez", "/readyz")),
+        ("inbound.probes", ("/healthz", "/livez", "/readyz", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")),
         ("inbound.queue", 0.5),
         ("inbound.codel.target", 0.005),
         ("inbound.codel.interval", 0.1),

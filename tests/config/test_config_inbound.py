@@ -42,7 +42,7 @@ def test_without_a_word_a_service_takes_in_what_the_defaults_say(write: Write) -
         public=None,
         public_allow=(),
         probe=None,
-        probes=("/healthz", "/livez", "/readyz"),
+        probes=("/healthz", "/livez", "/readyz", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"),
         in_flight=1024,
         adaptive=None,
         queue=0.5,
@@ -126,10 +126,12 @@ def test_shares_count_only_where_somebody_has_a_priority(write: Write) -> None:
     assert _plan(write(_file(priority)))["admission"]["shares"] == [0.6, 0.75, 0.9, 1.0]
 
 
-def test_calls_of_grpc_do_not_wait(write: Write) -> None:
-    """Its servers can't park them yet: who finds no place is refused at once."""
-    assert _plan(write(_file("{queue: 2}")))["admission"]["queue"] == 2.0
-    assert _plan(write(_file("{queue: 2}", service="    protocol: grpc\n")))["admission"]["queue"] == 0.0
+def test_calls_of_grpc_wait_as_those_of_http(write: Write) -> None:
+    """And are counted by the same stores."""
+    for protocol in ("", "    protocol: grpc\n"):
+        file = _file("{queue: 2, " + RATE + "}", service=protocol) + "stores: {redis: {url: 'redis://127.0.0.1:6379'}}\n"
+        plan = _plan(write(file))
+        assert (plan["admission"]["queue"], [rate["is_global"] for rate in plan["rates"]]) == (2.0, [True])
 
 
 def test_at_the_public_listener_only_its_own_rules_let_in(write: Write) -> None:
@@ -289,13 +291,6 @@ MISTAKES: dict[str, tuple[str, str, str, str, str]] = {
         "the store 'rediss' is not configured",
         "did you mean 'redis'?",
     ),
-    "inbound in a store for grpc": (
-        "{" + RATE + "}",
-        "    protocol: grpc\n",
-        "rate[0].store",
-        "calls of protocol grpc are not counted in redis yet",
-        "local",
-    ),
     "inbound in a URL": (
         "{rate: [{calls: 1, store: 'redis://:hunter2@host'}]}",
         "",
@@ -426,8 +421,6 @@ WARNINGS: list[tuple[str, str, str, str]] = [
     ),
     ("{queue: 0, codel: {target: 1ms}}", "", "inbound.codel", "with queue: 0 nobody waits"),
     ("{rate: [{calls: 1, on_failure: open}]}", "", "inbound.rate[0].on_failure", "without a store"),
-    ("{queue: 1}", "    protocol: grpc\n", "inbound.queue", "queue is not for gRPC yet"),
-    ("{codel: {target: 1ms}}", "    protocol: grpc\n", "inbound.codel", "codel is not for gRPC yet"),
     (
         f"{{public: {{{PUBLIC}, allow: [{{from: [web]}}]}}}}",
         "    protocol: grpc\n",

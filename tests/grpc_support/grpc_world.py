@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -26,6 +27,7 @@ from meshlib.observe.trace import current_trace
 from meshlib.secure import FolderSource, IdentityStore
 from meshlib.secure.ca import CertificateAuthority
 from meshlib.server.grpc import add_port, server_interceptors, sync_server_interceptors
+from meshlib.server.waiting import Room
 
 TRUST_DOMAIN = "shop.internal"
 ECHO, FAIL, SLOW, WHO, TELL = (f"/shop.Inventory/{name}" for name in ("Echo", "Fail", "Slow", "Who", "Tell"))
@@ -71,6 +73,9 @@ class Party:
         self.engine.publish(self.config.client_plan(), now)
         self.gate = core.Gate()
         self.gate.publish(self.config.server_plan(), now)
+        self.room = Room(self.gate, time.monotonic)
+        self.ways: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.inbound_rates = None
         self.identity: IdentityStore | None = None
         self.trust = None
         own = self.config.own

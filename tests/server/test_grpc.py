@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 import ssl
 import sys
@@ -19,8 +20,7 @@ import pytest
 from meshlib import errors
 from meshlib.call import outer_end, outer_layer, peer
 from meshlib.server.grpc import add_port, server_interceptors
-from meshlib.server.grpc_handlers import Reception
-from meshlib.server.way import InboundWay
+from meshlib.server.grpc_peer import Callers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "grpc_support"))
 from grpc_world import (
@@ -451,11 +451,15 @@ def test_a_certificate_proves_an_identity_or_nothing(shop_files: tuple[Shop, byt
     party = shop.party("inventory")
     now = time.time()
 
-    def seen(*, trust_domain: str = "shop.internal", wall: float = now, **changes: Any) -> str:
+    assert party.identity is not None
+    own = party.identity.current
+    assert own is not None
+
+    def seen(*, identity: Any = own, wall: float = now, **changes: Any) -> str:
         auth = {"transport_security_type": [b"ssl"], "peer_spiffe_id": [STOREFRONT.encode()], "peer_uri": [STOREFRONT.encode()],
                 "x509_pem_cert": [pem], **changes}  # fmt: skip
-        reception = Reception(InboundWay(party.gate), lambda: trust_domain, lambda: wall)
-        return reception.peer_of({key: value for key, value in auth.items() if value is not None}).spiffe_id
+        callers = Callers(lambda: identity, lambda: wall)
+        return callers.peer_of({key: value for key, value in auth.items() if value is not None}).spiffe_id
 
     assert seen() == STOREFRONT
     assert seen(peer_spiffe_id=None) == ""
@@ -468,8 +472,8 @@ def test_a_certificate_proves_an_identity_or_nothing(shop_files: tuple[Shop, byt
     assert seen(x509_pem_cert=[b"no certificate"]) == ""
     assert seen(peer_spiffe_id=[b"spiffe://shop.internal/\xff"], peer_uri=[b"spiffe://shop.internal/\xff"]) == ""
     assert seen(peer_spiffe_id=[b"spiffe://shop.internal/a/../b"], peer_uri=[b"spiffe://shop.internal/a/../b"]) == ""
-    assert seen(trust_domain="other.internal") == ""
-    assert seen(trust_domain="") == ""
+    assert seen(identity=dataclasses.replace(own, bundles={"other.internal": own.bundles["shop.internal"]})) == ""
+    assert seen(identity=None) == ""
     assert seen(wall=now + 400 * 86400) == ""
 
 

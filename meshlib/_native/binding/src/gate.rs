@@ -185,7 +185,7 @@ impl Gate {
         Ok(Entry { core, is_short: false, wants_id: false, is_traced: false })
     }
 
-    #[pyo3(signature = (method, peer, is_tls, now, deadline = None, metadata = None, wall = 0.0, source = "", port = 0))]
+    #[pyo3(signature = (method, peer, is_tls, now, deadline = None, metadata = None, wall = 0.0, source = "", port = 0, can_wait = false))]
     #[expect(clippy::too_many_arguments, reason = "one call across the seam for each request")]
     fn begin_grpc(
         &self,
@@ -198,6 +198,7 @@ impl Gate {
         wall: f64,
         source: &str,
         port: u16,
+        can_wait: bool,
     ) -> PyResult<Entry> {
         let mut fields = self.0.headers(b"/");
         if let Some(metadata) = metadata {
@@ -213,7 +214,7 @@ impl Gate {
             now,
             deadline,
             origin,
-            can_wait: false,
+            can_wait,
         });
         Ok(Entry { core, is_short: false, wants_id: false, is_traced: false })
     }
