@@ -10,6 +10,7 @@ context. gRPC asks the interceptors anew for each call, so that a wrapping is of
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import re
@@ -68,6 +69,9 @@ def wrap(reception: Reception, method: str, handler: Any, *, is_aio: bool) -> An
     outer: Any
     if not is_aio or not (inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)):
         outer = passage.respond if is_unary_out else passage.stream
+        if is_aio and (task := asyncio.current_task()) is not None:
+            # gRPC cancels it when the client leaves, and the thread hears nothing: its context there calls nobody back.
+            task.add_done_callback(passage.ended)
     elif inspect.isasyncgenfunction(inner):
         outer = passage.stream_aio
     else:
@@ -87,7 +91,7 @@ def wrap(reception: Reception, method: str, handler: Any, *, is_aio: bool) -> An
 class _Passage:
     """One call's way in and out. The four faces differ in how they wait and in how they hand on messages."""
 
-    __slots__ = ("_exchange", "_inner", "_method", "_parse", "_reception", "received", "sent")
+    __slots__ = ("_exchange", "_inner", "_is_ended", "_method", "_parse", "_reception", "received", "sent")
 
     def __init__(self, reception: Reception, method: str, inner: Any, parse: Any) -> None:
         self._reception = reception
@@ -95,6 +99,7 @@ class _Passage:
         self._inner = inner
         self._parse = parse
         self._exchange: Exchange | None = None
+        self._is_ended = False
         # Messages that come and go beside streams: one each, or none.
         self.received = self.sent = 0
 
@@ -121,6 +126,12 @@ class _Passage:
     def nobody(self, request: Any, context: Any) -> Any:
         _abort(context, *self._unknown(context))
         yield b""
+
+    def ended(self, task: object) -> None:
+        """gRPC has done with the call; a thread may still be at it, or come to it later."""
+        self._is_ended = True
+        if self._exchange is not None:
+            self._exchange.gone()
 
     # --- messages
 
@@ -159,6 +170,8 @@ class _Passage:
         exchange = self._enter(context)
         if exchange.refusal is None:
             exchange.listen()
+            if self._is_ended:
+                exchange.gone()
             if exchange.todo & ATTEND:
                 exchange.attend_blocking()
         if exchange.refusal is not None:

@@ -142,6 +142,11 @@ class Exchange(Visit):
         headers = fields_of(self._context.invocation_metadata())
         try:
             has_place = not todo & core.TODO_WAIT or way.wait_blocking(entry, peer)
+            if has_place and self.is_left:
+                # Meanwhile: nobody waits for what the handler would do.
+                self.close(grpc.StatusCode.CANCELLED)
+                self.refusal = LEFT
+                return
             fits = has_place and (not todo & core.TODO_RATES or way.fits_blocking(entry, peer, headers))
             if fits and todo & core.TODO_ASK:
                 way.consent_blocking(entry, peer, headers)
@@ -150,10 +155,6 @@ class Exchange(Visit):
             raise
         if entry.status:
             self.refuse()
-        elif self.is_left:
-            # Meanwhile: nobody waits for what the handler would do.
-            self.close(grpc.StatusCode.CANCELLED)
-            self.refusal = LEFT
 
     def refuse(self) -> None:
         """The gate has said no, at once or after a wait."""
@@ -165,7 +166,7 @@ class Exchange(Visit):
 
     def listen(self) -> None:
         """Hear of it when gRPC ends the call. For handlers in threads, whom nobody cancels."""
-        # A server of asyncio answers nothing, and calls back in any case.
+        # A server of asyncio answers nothing, and calls nobody back (`grpc_handlers.py` hears of it in another way).
         if self._context.add_callback(self.gone) is False:
             self.gone()
 

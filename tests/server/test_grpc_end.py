@@ -21,7 +21,7 @@ import meshlib
 
 SUPPORT = Path(__file__).parent.parent / "grpc_support"
 sys.path.insert(0, str(SUPPORT))
-from grpc_world import COUNT, ECHO, SLOW, until
+from grpc_world import COUNT, ECHO, SLOW, until  # noqa: E402
 
 Code = grpc.StatusCode
 CHECK = "/grpc.health.v1.Health/Check"
@@ -173,7 +173,9 @@ def test_a_blocking_server_is_drained_as_well(tmp_path: Path) -> None:
 def process(folder: Path, kind: str, drain: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     file = folder / "mesh.yaml"
     file.write_text(YAML.format(drain=drain))
-    served = subprocess.Popen([sys.executable, str(SUPPORT / "grpc_served.py"), str(file), kind], stdout=subprocess.PIPE, text=True)
+    served = subprocess.Popen(
+        [sys.executable, str(SUPPORT / "grpc_served.py"), str(file), kind], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert served.stdout is not None
         yield served, served.stdout.readline().strip()
