@@ -389,6 +389,7 @@ ERROR_TYPE: Final = "error.type"
 TLS_RESUMED: Final = "tls.resumed"
 RPC_SYSTEM: Final = "rpc.system.name"
 RPC_METHOD: Final = "rpc.method"
+RPC_METHOD_ORIGINAL: Final = "rpc.method_original"
 RPC_STATUS: Final = "rpc.response.status_code"
 # Of the messages of one call the conventions count none (their events tell each of them); so these are our own.
 MESSAGES_SENT: Final = "meshlib.messages.sent"

@@ -179,12 +179,13 @@ class Observer:
         path: str = "",
         scheme: str = "",
         rpc: str = "",
+        is_known: bool = True,
         number: int | None = None,
     ) -> Trace | spans.ServerSpan | spans.QuietSpan:
         """A context manager around the handler. `peer` is the proved SPIFFE ID of the caller, or nothing.
 
         Set its `status` before it ends. With an SDK it is a SERVER span; without one, or where another instrumentation
-        made the span, it only holds the trace.
+        made the span, it only holds the trace. `rpc` is the full method of a gRPC call, and `is_known` if it has a handler.
         """
         trace = Trace(headers, self.sampler, is_trusted=bool(peer), number=number)
         tracer = spans.tracer()
@@ -193,7 +194,9 @@ class Observer:
         span = None
         try:
             known = self._templates.get(route, route)
-            span = spans.server_span(tracer, method, known, trace, peer=peer or "", path=path, scheme=scheme, rpc=rpc)
+            span = spans.server_span(
+                tracer, method, known, trace, peer=peer or "", path=path, scheme=scheme, rpc=rpc, is_known=is_known
+            )
         except Exception:
             logger.warning(NO_SPAN, exc_info=True)
         return trace if span is None else span

@@ -36,6 +36,8 @@ _PLAIN_SUPPRESS: Final = "suppress_instrumentation"  # the key of older instrume
 # Where middleware keeps what it stands around: Starlette's, OpenTelemetry's for WSGI, Flask's, decorators' and bound methods'.
 _INNER: Final = ("app", "wsgi", "wsgi_app", "application", "__wrapped__", "__self__")
 _MOST_LAYERS: Final = 100
+# Of a name that a caller made up.
+MOST_NAME: Final = 64
 
 # From which status on HTTP's answer is an error, for who asked and for who was asked.
 CLIENT_FAILS: Final = 400
@@ -256,7 +258,7 @@ def client_span(
 
 
 def server_span(
-    maker: Tracer, method: str, route: str, parent: Trace, *, peer: str, path: str, scheme: str, rpc: str
+    maker: Tracer, method: str, route: str, parent: Trace, *, peer: str, path: str, scheme: str, rpc: str, is_known: bool = True
 ) -> ServerSpan | QuietSpan | None:
     """A span for a call that came in, under the parent that its headers name; None where another instrumentation made
     it.
@@ -274,8 +276,11 @@ def server_span(
         return None  # made around us, and not to be recorded
     attributes: dict[str, Any] = {}
     if rpc:
-        title = attributes[names.RPC_METHOD] = rpc.removeprefix("/")
+        title = attributes[names.RPC_METHOD] = rpc.removeprefix("/") if is_known else names.OTHER_METHOD
         attributes[names.RPC_SYSTEM] = "grpc"
+        if not is_known:
+            # Callers choose it: as a name it would be as many names as they like.
+            attributes[names.RPC_METHOD_ORIGINAL] = rpc.removeprefix("/")[:MOST_NAME]
     else:
         title = _method(attributes, method)
         if route.startswith("/"):
@@ -407,7 +412,7 @@ def _method(attributes: dict[str, Any], method: str) -> str:
         attributes[names.HTTP_METHOD] = method
         return method
     attributes[names.HTTP_METHOD] = names.OTHER_METHOD
-    attributes[names.HTTP_METHOD_ORIGINAL] = method[:64]
+    attributes[names.HTTP_METHOD_ORIGINAL] = method[:MOST_NAME]
     return "HTTP"
 
 

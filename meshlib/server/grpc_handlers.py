@@ -185,7 +185,7 @@ class _Passage:
 
     def _unknown(self, context: Any) -> tuple[Any, ...]:
         """Whether a method exists is told only to who may ask."""
-        exchange = self._reception.enter(self._method, context)
+        exchange = self._reception.enter(self._method, context, is_known=False)
         if exchange.refusal is None:
             exchange.close(UNKNOWN_METHOD[0])
         return exchange.refusal or UNKNOWN_METHOD

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Final
 
@@ -57,8 +58,11 @@ class Reception:
         self.way = way
         self._peer_of = callers.peer_of
 
-    def enter(self, method: str, context: Any) -> Exchange:
-        """Take one call in. If the exchange has a refusal, the call is over; otherwise it must be closed, once."""
+    def enter(self, method: str, context: Any, *, is_known: bool = True) -> Exchange:
+        """Take one call in. If the exchange has a refusal, the call is over; otherwise it must be closed, once.
+
+        `is_known`: there is a handler for its method.
+        """
         way = self.way
         now = way.clock()
         peer = self._peer_of(context.auth_context())
@@ -79,8 +83,8 @@ class Reception:
             can_wait=True,
         )
         exchange = Exchange(way, entry, peer, context, method, carriers, layer)
-        if way.observer is not None:
-            exchange.span = way.observer.server_span("POST", entry.route, carriers, peer.spiffe_id, rpc=method)
+        if way.recorder() is not None:
+            exchange.span = way.observer.server_span("POST", entry.route, carriers, peer.spiffe_id, rpc=method, is_known=is_known)
         if entry.status:
             way.told(entry, "POST", method.encode("latin-1", "replace"), peer)
             exchange.refuse()
@@ -217,6 +221,8 @@ class Exchange(Visit):
                 step_out(tokens)
             except ValueError:
                 pass  # a stream that was dropped in another context, which never was the handler's
+        # What outlives the call keeps its visit, and needs nothing of gRPC's for that.
+        self._context = None
 
 
 class _Ended(Exception):  # never raised: a span asks it for a code
@@ -271,6 +277,8 @@ def _read_metadata(metadata: Any) -> tuple[int, Headers]:
 
 def _attempt(value: Any) -> int:
     """What can't be read counts as a retry: then we don't retry too."""
+    if value == "0":
+        return 0
     return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 4 else 1
 
 
@@ -281,6 +289,7 @@ def fields_of(metadata: Any) -> Headers:
     ]
 
 
+@lru_cache(maxsize=1024)
 def address_of(peer: str) -> str:
     """`ipv4:127.0.0.1:50051`, `ipv6:%5B::1%5D:50051`: the address alone; "" for a socket without one."""
     kind, _, rest = peer.partition(":")

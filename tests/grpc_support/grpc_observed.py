@@ -35,7 +35,9 @@ async def main(folder: Path) -> None:
         for code in (b"NOT_FOUND", b"INTERNAL"):
             with contextlib.suppress(grpc.RpcError):
                 await channel.unary_unary(FAIL)(code)
-    await until(lambda: len(memory.get_finished_spans()) == 6)
+        with contextlib.suppress(grpc.RpcError):
+            await channel.unary_unary("/shop.Inventory/Nothing")(b"")
+    await until(lambda: len(memory.get_finished_spans()) == 7)
     await shop.stop()
     spans = sorted(memory.get_finished_spans(), key=lambda span: span.start_time or 0)
     print(json.dumps([{"name": span.name, "attributes": dict(span.attributes or {})} for span in spans]))

@@ -94,6 +94,7 @@ def test_spans_of_servers_follow_the_conventions(tmp_path: Path) -> None:
         }
         return {"name": f"shop.Inventory/{method}", "attributes": told | ({"error.type": error} if error else {})}
 
+    unknown = span("Nothing", "UNIMPLEMENTED", 0, 0, "UNIMPLEMENTED")
     assert spans == [
         span("Echo", "OK", 1, 1),
         span("Count", "OK", 3, 1),
@@ -101,4 +102,8 @@ def test_spans_of_servers_follow_the_conventions(tmp_path: Path) -> None:
         span("Chat", "OK", 2, 2),
         span("Fail", "NOT_FOUND", 0, 1),
         span("Fail", "INTERNAL", 0, 1, "INTERNAL"),
+        {
+            "name": "_OTHER",
+            "attributes": unknown["attributes"] | {"rpc.method": "_OTHER", "rpc.method_original": "shop.Inventory/Nothing"},
+        },
     ]
