@@ -137,7 +137,6 @@ def serve_blocking(mesh: Inside, server: Any) -> None:
             pause = threading.Event()
             while process.look() < Phase.CLOSING:
                 pause.wait(TICK)
-            # A handler in a thread can't be stopped, and gRPC waits for it as long as it takes.
             process.limit()
             ended = server.stop(process.drain.left)
             while not ended.wait(TICK) and not process.is_cut:
@@ -158,10 +157,15 @@ class _Process:
         self._signals = 0
 
     def look(self) -> Phase:
-        self._pulse.beat()
-        return self.drain.look()
+        phase = self.drain.look()
+        if phase < Phase.CLOSING:
+            self._pulse.beat()
+        else:
+            self._pulse.rest()
+        return phase
 
     def limit(self) -> None:
+        """For handlers in threads: nobody can stop them, and Python waits for them before it goes."""
         if threading.current_thread() is threading.main_thread():
             self._is_limited = True
             last_resort(self.drain.left + LAST)
@@ -169,7 +173,7 @@ class _Process:
     def end(self) -> None:
         self._pulse.rest()
         self.drain.end()
-        if self._is_limited:
+        if self._is_limited and not self._mesh.gate.load()["in_flight"]:
             disarm()
 
     def handle(self, sig: int, frame: FrameType | None) -> None:
@@ -177,6 +181,8 @@ class _Process:
         if self._signals > 1:
             self.is_cut = True
             self.drain.end()
+            if self._is_limited:
+                last_resort()
             return
         self.drain.begin(is_person=sig == signal.SIGINT)
         self._mesh.drain()

@@ -26,8 +26,13 @@ def slow(request: bytes, context: Any) -> bytes:
     return b"at last"
 
 
+def deaf(request: bytes, context: Any) -> bytes:
+    time.sleep(float(request))
+    return b"too late"
+
+
 def add(mesh: meshlib.Mesh, server: Any, handler: Any) -> None:
-    methods = {"Slow": grpc.unary_unary_rpc_method_handler(handler)}
+    methods = {"Slow": grpc.unary_unary_rpc_method_handler(handler), "Deaf": grpc.unary_unary_rpc_method_handler(deaf)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("shop.Inventory", methods),))
     mesh.add_grpc_health(server)
     print(f"127.0.0.1:{mesh.add_grpc_port(server, '127.0.0.1:0')}", flush=True)

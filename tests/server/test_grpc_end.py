@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -185,10 +188,10 @@ def process(folder: Path, kind: str, drain: str) -> Iterator[tuple[subprocess.Po
         served.stdout.close()
 
 
-def under_way(channel: grpc.Channel, seconds: bytes) -> Any:
+def under_way(channel: grpc.Channel, seconds: bytes, method: str = SLOW) -> Any:
     """A call that is in its handler, as far as one can tell from here."""
     grpc.channel_ready_future(channel).result(10)
-    call = channel.unary_unary(SLOW).future(seconds)
+    call = channel.unary_unary(method).future(seconds)
     time.sleep(0.3)
     return call
 
@@ -224,6 +227,44 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, kind: str) -> None:
         assert time.monotonic() - begun < 4
         with pytest.raises(grpc.RpcError):
             slow.result(1)
+
+
+@pytest.mark.parametrize(("signals", "grace"), [(1, 2), (2, 60)])
+def test_a_handler_in_a_thread_that_hears_nothing_does_not_keep_the_process(tmp_path: Path, signals: int, grace: int) -> None:
+    """Nobody can stop it, and Python would wait for it: when the time is over, or at the second signal, the process goes all the same."""
+    with process(tmp_path, "sync", f"wait: 0s, grace: {grace}s") as (served, address), grpc.insecure_channel(address) as channel:
+        deaf = under_way(channel, b"60", "/shop.Inventory/Deaf")
+        begun = time.monotonic()
+        for _ in range(signals):
+            served.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        assert served.wait(9) == 1
+        assert time.monotonic() - begun < 7
+        assert deaf.exception(5).code() is Code.UNAVAILABLE
+
+
+def test_probes_tell_how_far_the_end_has_come(tmp_path: Path) -> None:
+    """At the listener of the configuration, as with HTTP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    probe = f"wait: 1500ms, grace: 10s}}, probe: {{listen: '127.0.0.1:{port}'"
+    with process(tmp_path, "aio", probe) as (served, address), grpc.insecure_channel(address) as channel:
+        slow = under_way(channel, b"1.8")
+        assert (asked(port, "/readyz"), asked(port, "/livez")) == (200, 200)
+        served.send_signal(signal.SIGTERM)
+        time.sleep(0.4)
+        assert (asked(port, "/readyz"), asked(port, "/livez")) == (503, 200)
+        assert slow.result(5) == b"at last"
+        assert served.wait(8) == 0
+
+
+def asked(port: int, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 @pytest.mark.parametrize("kind", ["aio", "sync"])

@@ -206,16 +206,8 @@ impl Gate {
         }
         let (now, deadline) = (duration(now), deadline.map(duration));
         let origin = Origin { source, port, sni: "", wall, listener: Listener::Mesh };
-        let core = self.0.begin_grpc(GrpcArrival {
-            method,
-            headers: fields,
-            peer,
-            is_tls,
-            now,
-            deadline,
-            origin,
-            can_wait,
-        });
+        let core =
+            self.0.begin_grpc(GrpcArrival { method, headers: fields, peer, is_tls, now, deadline, origin, can_wait });
         Ok(Entry { core, is_short: false, wants_id: false, is_traced: false })
     }
 
