@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent import futures
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -229,3 +230,49 @@ async def test_streams_of_requests_wait_before_a_message_is_read(open_house: Ope
     chat = channel.stream_stream(CHAT)(iter([b"1"]))
     assert await _all(chat) == [b"re: 1"]
     await first
+
+
+class Authorizers:
+    """In place of those of a mesh: allows who says the word, in its own time."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.go_on = asyncio.Event()
+
+    async def ask(self, name: str, inquiry: Any) -> bool:
+        self.asked.append((name, inquiry.path))
+        await self.go_on.wait()
+        return (b"x-word", b"please") in inquiry.headers
+
+
+@pytest.mark.parametrize("word", ["please", "now"])
+async def test_a_rule_can_ask_somebody(tmp_path: Path, word: str) -> None:
+    """With all the metadata; the call holds its place meanwhile, and a no is told as any other."""
+    rules = (
+        'allow: [{name: shop, from: [storefront], paths: ["/shop.Inventory/*"]}],'
+        ' custom: [{from: [storefront], paths: ["/shop.Inventory/Echo"], authorizer: hours}]'
+    )
+    shop = Shop(tmp_path, yaml_of(allow=rules))
+    party = shop.party("inventory")
+    authorizers = Authorizers()
+    party.trust = SimpleNamespace(authorizers=authorizers, keys=None)  # type: ignore[assignment]
+    backend = await shop.start("a", party=party)
+    identity = shop.party("storefront").identity
+    assert identity is not None
+    own = identity.current
+    assert own is not None
+    credentials = grpc.ssl_channel_credentials(own.bundles["shop.internal"], bytes(own.key), own.chain)
+    options = [("grpc.ssl_target_name_override", "inventory.default.shop.internal")]
+    async with grpc.aio.secure_channel(backend.address, credentials, options=options) as channel:
+        call = channel.unary_unary(ECHO)(b"x", metadata=(("x-word", word),))
+        await until(lambda: authorizers.asked == [("hours", ECHO)])
+        assert (load(party), backend.calls) == ((1, 0), 0)
+        authorizers.go_on.set()
+        if word == "please":
+            assert await call == b"x"
+        else:
+            error = await failure(call)
+            assert (error.code(), error.details()) == (Code.PERMISSION_DENIED, "not allowed")
+            assert backend.calls == 0
+        await until(lambda: load(party) == (0, 0))
+    await shop.stop()
