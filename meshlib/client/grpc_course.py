@@ -32,6 +32,7 @@ from meshlib.call import (
     current_deadline,
     current_layer,
     current_visit,
+    gone_away,
 )
 
 from .grpc_links import Link
@@ -215,6 +216,8 @@ class Course:
                     )  # fmt: skip
                     self.native = native
                     self._has_begun = True
+                    if visit is not None and visit.is_gone and visit.ends_calls and native.is_idempotent:
+                        raise gone_away()
             else:
                 # retry: the engine says when.
                 step = native.next(now)
@@ -325,8 +328,7 @@ class Course:
         self.received = 1
         if self._span is not None:
             self._end_span(OK, None)
-        if self._method.is_stream:
-            self._count()
+        self._count()
         way = self._way
         now = way.clock()
         if self._token is None:
@@ -436,9 +438,9 @@ class Course:
             span.end(status, error)
 
     def _count(self) -> None:
-        """observe: the messages that went each way. A call with one each way is counted as a call."""
+        """observe: the messages that went each way."""
         observer = self._way.outbound.observer
-        if observer is not None and self._method.is_stream:
+        if observer is not None and self._has_begun:
             observer.messages("client", self._way.service, self._method.name, self.written, self.received)
 
 

@@ -127,6 +127,8 @@ def code_of(error: errors.MeshError) -> grpc.StatusCode:
         return grpc.StatusCode.PERMISSION_DENIED
     if isinstance(error, errors.DeadlineExceeded):
         return grpc.StatusCode.DEADLINE_EXCEEDED
+    if isinstance(error, errors.CallerGone):
+        return grpc.StatusCode.CANCELLED
     return grpc.StatusCode.UNAVAILABLE
 
 

@@ -307,7 +307,7 @@ class OutboundWay:
         is_fresh = False
         errand: Errand | None = None
         try:
-            if visit is not None and visit.ends_calls and carrier.can_overlap and native.is_idempotent:
+            if visit is not None and visit.ends_calls and native.is_idempotent:
                 errand = visit.errand()
             while True:
                 # retry: the engine says when; the wait is never longer than the deadline.

@@ -5,7 +5,8 @@ The interceptors wrap the application's handler, in all four kinds and in the tw
 after the caller was let in; those of a stream are parsed when the handler asks for them.
 
 Messages of streams are counted where gRPC reads and writes them, by (de)serializers, so that handlers keep gRPC's own iterators and
-context. gRPC asks the interceptors anew for each call, so that a wrapping is of one call.
+context. gRPC asks the interceptors anew for each call, so that a wrapping is of one call; only that of a method with one message each
+way knows nothing of its calls, and is kept.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -25,32 +25,103 @@ from .way import shown
 
 log = logging.getLogger("meshlib.server")
 
-EXACT: Final = re.compile(r"/[A-Za-z0-9_.]+/[A-Za-z0-9_]+")
 UNREADABLE: Final = grpc.StatusCode.INTERNAL, "the request can't be read"
 
 
-class MeshInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """The inbound way in a `grpc.aio.server`."""
+# Wrapped methods that a server keeps: more than an application has, whatever callers ask for.
+METHODS_KEPT: Final = 1024
+
+
+class _Interceptor:
+    """What both have: the reception, and the wrapped methods that are kept, with the handlers that they were made of."""
 
     def __init__(self, reception: Reception) -> None:
         self._reception = reception
+        self._kept: dict[str, tuple[Any, Any]] = {}
+
+    def _wrapped(self, method: str, handler: Any, *, is_aio: bool) -> Any:
+        kept = self._kept.get(method)
+        if kept is not None and kept[0] is handler:
+            return kept[1]
+        if handler is None or handler.unary_unary is None or (is_aio and not inspect.iscoroutinefunction(handler.unary_unary)):
+            return wrap(self._reception, method, handler, is_aio=is_aio)
+        one = _One(self._reception, method, handler.unary_unary, handler.request_deserializer)
+        made = grpc.unary_unary_rpc_method_handler(one.respond_aio if is_aio else one.respond, None, handler.response_serializer)
+        if len(self._kept) >= METHODS_KEPT:
+            self._kept.clear()
+        self._kept[method] = handler, made
+        return made
+
+
+class MeshInterceptor(_Interceptor, grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """The inbound way in a `grpc.aio.server`."""
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         method = handler_call_details.method
-        handler = await continuation(handler_call_details) if EXACT.fullmatch(method) else None
-        return wrap(self._reception, method, handler, is_aio=True)
+        handler = await continuation(handler_call_details) if method in self._kept or is_exact(method) else None
+        return self._wrapped(method, handler, is_aio=True)
 
 
-class MeshSyncInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+class MeshSyncInterceptor(_Interceptor, grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """The inbound way in a `grpc.server`."""
-
-    def __init__(self, reception: Reception) -> None:
-        self._reception = reception
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         method = handler_call_details.method
-        handler = continuation(handler_call_details) if EXACT.fullmatch(method) else None
-        return wrap(self._reception, method, handler, is_aio=False)
+        handler = continuation(handler_call_details) if method in self._kept or is_exact(method) else None
+        return self._wrapped(method, handler, is_aio=False)
+
+
+def is_exact(method: str) -> bool:
+    """Whether this is `/package.Service/Method`, in letters, digits and underscores of ASCII, and nothing else."""
+    service, slash, name = method[1:].partition("/")
+    is_ours = method.startswith("/") and bool(slash) and method.isascii()
+    return is_ours and service.replace(".", "_").replace("_", "a").isalnum() and name.replace("_", "a").isalnum()
+
+
+class _One:
+    """A method with one message each way, in a coroutine or in a thread that is told when its client leaves."""
+
+    __slots__ = ("_inner", "_method", "_parse", "_reception")
+
+    def __init__(self, reception: Reception, method: str, inner: Any, parse: Any) -> None:
+        self._reception = reception
+        self._method = method
+        self._inner = inner
+        self._parse = parse
+
+    async def respond_aio(self, request: Any, context: Any) -> Any:
+        exchange = self._reception.enter(self._method, context)
+        exchange.received = exchange.answers = 1
+        if exchange.todo & ATTEND and exchange.refusal is None:
+            await exchange.attend()
+        if exchange.refusal is not None:
+            await context.abort(*exchange.refusal)
+        with exchange:
+            if self._parse is not None:
+                try:
+                    request = self._parse(request)
+                except Exception as error:
+                    unreadable(self._method, error)
+                    await context.abort(*UNREADABLE)
+            return await self._inner(request, context)
+
+    def respond(self, request: Any, context: Any) -> Any:
+        exchange = self._reception.enter(self._method, context)
+        exchange.received = exchange.answers = 1
+        if exchange.refusal is None:
+            exchange.listen()
+            if exchange.todo & ATTEND:
+                exchange.attend_blocking()
+        if exchange.refusal is not None:
+            _abort(context, *exchange.refusal)
+        with exchange:
+            if self._parse is not None:
+                try:
+                    request = self._parse(request)
+                except Exception as error:
+                    unreadable(self._method, error)
+                    context.abort(*UNREADABLE)
+            return self._inner(request, context)
 
 
 def wrap(reception: Reception, method: str, handler: Any, *, is_aio: bool) -> Any:
@@ -196,7 +267,7 @@ class _Passage:
         try:
             return self._parse(request)
         except Exception as error:
-            self._tell(error)
+            unreadable(self._method, error)
         context.abort(*UNREADABLE)
 
     async def _parsed_aio(self, request: Any, context: Any) -> Any:
@@ -205,11 +276,12 @@ class _Passage:
         try:
             return self._parse(request)
         except Exception as error:
-            self._tell(error)
+            unreadable(self._method, error)
         await context.abort(*UNREADABLE)
 
-    def _tell(self, error: Exception) -> None:
-        log.info("a request to %s can't be parsed", shown(self._method), exc_info=error)
+
+def unreadable(method: str, error: Exception) -> None:
+    log.info("a request to %s can't be parsed", shown(method), exc_info=error)
 
 
 def _abort(context: Any, code: grpc.StatusCode, words: str, metadata: Any = None) -> None:
