@@ -20,8 +20,7 @@ from .errors import CallerGone
 
 HEADER_DEADLINE = "x-mesh-deadline-ms"
 HEADER_ATTEMPT = "x-mesh-attempt"
-# The same as Envoy tells it, counted from 1, and our key in `tracestate`, which passes through hops that know nothing but traces.
-ENVOY_ATTEMPT = "x-envoy-attempt-count"
+# Our key in `tracestate`, which passes through hops that know nothing but traces.
 STATE = "meshlib"
 # On a failed answer: what may be tried has been tried further down.
 HEADER_NO_RETRY = "x-mesh-no-retry"

@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 
 from meshlib._native import core
-from meshlib.call import ENVOY_ATTEMPT, HEADER_ATTEMPT, STATE, Peer, Visit
+from meshlib.call import Peer, Visit
 
 from .grpc_peer import Callers
 from .way import ORDINARY, Headers, InboundWay, step_in, step_out
@@ -69,7 +69,6 @@ class Reception:
         left = context.time_remaining()
         end = None if left is None or left > FOREVER else now + left
         metadata = context.invocation_metadata()
-        layer, carriers = _read_metadata(metadata)
         # All of it: the gate knows what the policy asks about, by the same plan with which it judges.
         entry = way.gate.begin_grpc(
             method,
@@ -82,8 +81,9 @@ class Reception:
             address_of(context.peer()),
             can_wait=True,
         )
-        exchange = Exchange(way, entry, peer, context, method, carriers, layer)
+        exchange = Exchange(way, entry, peer, context, method, metadata)
         if way.recorder() is not None:
+            carriers = _carriers(metadata)
             exchange.span = way.observer.server_span("POST", entry.route, carriers, peer.spiffe_id, rpc=method, is_known=is_known)
         if entry.status:
             way.told(entry, "POST", method.encode("latin-1", "replace"), peer)
@@ -108,14 +108,12 @@ class Exchange(Visit):
     answers = 0
     _tokens: Any = None
 
-    def __init__(
-        self, way: InboundWay, entry: core.Entry, peer: Peer, context: Any, method: str, carriers: Headers, layer: int
-    ) -> None:
-        super().__init__(peer, entry, carriers, max(layer, entry.layer))
+    def __init__(self, way: InboundWay, entry: core.Entry, peer: Peer, context: Any, method: str, metadata: Any) -> None:
+        self.todo = todo = entry.todo
+        super().__init__(peer, entry, _carriers(metadata) if todo & core.TODO_TRACED else (), entry.layer)
         self._way = way
         self._context = context
         self._method = method
-        self.todo = todo = entry.todo
         if todo & core.TODO_DEADLINE:
             self.end = entry.deadline
         if todo & core.TODO_PRIORITY and entry.priority != ORDINARY:
@@ -258,28 +256,13 @@ def code_of(context: Any, error: BaseException | None) -> grpc.StatusCode:
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def _read_metadata(metadata: Any) -> tuple[int, Headers]:
-    """In which attempt of the caller's we run, and what concerns the trace."""
-    layer = 0
-    carriers: Headers = []
-    for key, value in metadata or ():
-        if key == HEADER_ATTEMPT:
-            layer = max(layer, _attempt(value))
-        elif key == ENVOY_ATTEMPT:
-            layer = max(layer, _attempt(value) - 1)
-        elif key in CARRIERS and isinstance(value, str):
-            carriers.append((key.encode(), value.encode("latin-1", "replace")))
-            if key == "tracestate":
-                members = (member.strip().partition("=") for member in value.split(","))
-                layer = max(layer, next((_attempt(said) for name, _, said in members if name == STATE), 0))
-    return layer, carriers
-
-
-def _attempt(value: Any) -> int:
-    """What can't be read counts as a retry: then we don't retry too."""
-    if value == "0":
-        return 0
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 4 else 1
+def _carriers(metadata: Any) -> Headers:
+    """What concerns the trace."""
+    return [
+        (key.encode(), value.encode("latin-1", "replace"))
+        for key, value in metadata
+        if key in CARRIERS and isinstance(value, str)
+    ]
 
 
 def fields_of(metadata: Any) -> Headers:

@@ -201,14 +201,17 @@ impl Gate {
         can_wait: bool,
     ) -> PyResult<Entry> {
         let mut fields = self.0.headers(b"/");
+        let mut is_traced = false;
         if let Some(metadata) = metadata {
-            metadata.try_iter()?.try_for_each(|pair| read_metadatum(&mut fields, &pair?))?;
+            for pair in metadata.try_iter()? {
+                is_traced |= read_metadatum(&mut fields, &pair?)?;
+            }
         }
         let (now, deadline) = (duration(now), deadline.map(duration));
         let origin = Origin { source, port, sni: "", wall, listener: Listener::Mesh };
         let core =
             self.0.begin_grpc(GrpcArrival { method, headers: fields, peer, is_tls, now, deadline, origin, can_wait });
-        Ok(Entry { core, is_short: false, wants_id: false, is_traced: false })
+        Ok(Entry { core, is_short: false, wants_id: false, is_traced })
     }
 
     /// The calls that were recorded since the last time, and how many found no place.
@@ -448,14 +451,15 @@ fn read_fields(fields: &mut Headers, headers: &Bound<'_, PyAny>) -> PyResult<()>
 }
 
 /// Metadata of gRPC: its values are text, or bytes where the key ends in `-bin`.
-fn read_metadatum(fields: &mut Headers, pair: &Bound<'_, PyAny>) -> PyResult<()> {
+/// True if it concerns a trace.
+fn read_metadatum(fields: &mut Headers, pair: &Bound<'_, PyAny>) -> PyResult<bool> {
     let (name, value) = (pair.get_item(0)?, pair.get_item(1)?);
     let name = name.cast::<PyString>()?.to_str()?;
     match value.cast::<PyString>() {
         Ok(text) => fields.field(name.as_bytes(), text.to_string_lossy().as_bytes()),
         Err(_) => fields.field(name.as_bytes(), value.cast::<PyBytes>()?.as_bytes()),
     }
-    Ok(())
+    Ok(matches!(name, "traceparent" | "tracestate" | "baggage"))
 }
 
 fn read_field(fields: &mut Headers, pair: &Bound<'_, PyAny>) -> PyResult<()> {

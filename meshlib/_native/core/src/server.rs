@@ -211,6 +211,7 @@ impl Gate {
         let mut entry = self.entry(snapshot, "POST", arrival.peer, arrival.is_tls, arrival.now);
         entry.is_grpc = true;
         entry.listener = arrival.origin.listener;
+        entry.layer = arrival.headers.layer();
         entry.load_format = arrival.headers.load_format();
         let refusal = entry
             .secure_grpc(arrival.method)

@@ -337,7 +337,7 @@ impl Entry {
         self.is_spent.load(Ordering::Relaxed)
     }
 
-    /// In which attempt of a caller we run: 0 in the first. gRPC's drivers read it from metadata.
+    /// In which attempt of a caller we run: 0 in the first.
     pub fn layer(&self) -> u32 {
         self.layer
     }
