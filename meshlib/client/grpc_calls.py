@@ -57,7 +57,7 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
         try:
             course = self._course = Course(method, timeout, metadata, wait_for_ready)
             pause = course.step()
-            if pause or course.is_hedged:
+            if pause or (course.may_hedge and course.is_hedged):
                 self._rest = asyncio.get_running_loop().create_task(self._race(course, pause))
             else:
                 self._start(course)
@@ -212,8 +212,11 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
         attempt.add_done_callback(course.landed)
 
     def _send(self, course: Course) -> Any:
+        link, end = course.link, course.attempt_end
+        assert link is not None
+        start = self._method.starts.get(link) or self._method.on(link)
         metadata = grpc.aio.Metadata(*course.sent) if course.sent else None
-        return self._method.on(course.link)(self._request, timeout=course.timeout, metadata=metadata, **self._more)
+        return start(self._request, timeout=None if end is None else max(end - course.now, 0.0), metadata=metadata, **self._more)
 
     def _has_failed(self) -> bool:
         """The attempt ended, and a success would have ended the course."""

@@ -61,6 +61,7 @@ Pairs = tuple[tuple[str, Any], ...]
 Leg = tuple[int | None, Link | None, Any, float | None]
 
 _NONE: list[tuple[bytes, bytes]] = []
+_OK: Final = grpc.StatusCode.OK
 _SEND: Final = core.SEND
 _WAIT: Final = core.WAIT
 _GOOD: Final = core.OUTCOME_RESPONSE
@@ -76,7 +77,6 @@ class Course:
 
     __slots__ = (
         "_asked",
-        "_attempt_end",
         "_call",
         "_end",
         "_extras",
@@ -93,9 +93,11 @@ class Course:
         "_span",
         "_token",
         "_way",
+        "attempt_end",
         "is_headed",
         "is_over",
         "link",
+        "may_hedge",
         "native",
         "now",
         "received",
@@ -113,8 +115,10 @@ class Course:
         self._own: tuple[tuple[str, Any], ...] = ()
         # Of the call, and of the attempt; known from `step` or `accompany` on.
         self._end = now
-        self._attempt_end: float | None = None
+        self.attempt_end: float | None = None
         self._extras = 0
+        # A second attempt may go out beside a slow one, if the engine says so when it is asked.
+        self.may_hedge = False
         # Of a call that waits for an endpoint: when it looks again.
         self._look, self._look_at = FIRST_LOOK, now
         self._headers = _NONE
@@ -168,7 +172,7 @@ class Course:
     @property
     def timeout(self) -> float | None:
         """Seconds that the attempt has, for gRPC. None: a stream, which only its caller ends."""
-        end = self._attempt_end
+        end = self.attempt_end
         return None if end is None else max(end - self.now, 0.0)
 
     @property
@@ -178,7 +182,7 @@ class Course:
     @property
     def is_hedged(self) -> bool:
         """May a second attempt go out beside a slow one?"""
-        return bool(self._extras & core.EXTRA_HEDGE) and self.native.hedge(self.now, True, False) is not None
+        return self.may_hedge and self.native.hedge(self.now, True, False) is not None
 
     def accompany(self) -> None:
         """route, for a call that isn't balanced: the policy, and the permit of the Service."""
@@ -186,7 +190,7 @@ class Course:
             self._begin(self.now)
         except errors.MeshError as error:
             raise rpc_error(error) from error.__cause__
-        self._attempt_end = self._asked if self._method.is_stream else self._end
+        self.attempt_end = self._asked if self._method.is_stream else self._end
         self.dress()
 
     def step(self) -> float:
@@ -216,6 +220,7 @@ class Course:
                     )  # fmt: skip
                     self.native = native
                     self._has_begun = True
+                    self.may_hedge = bool(self._extras & core.EXTRA_HEDGE)
                     if visit is not None and visit.is_gone and visit.ends_calls and native.is_idempotent:
                         raise gone_away()
             else:
@@ -232,7 +237,7 @@ class Course:
             end = self._asked if self._method.is_stream else self._end
             if self._extras & core.EXTRA_PER_TRY and not self._method.is_stream:
                 end = min(end, now + native.per_try)
-            self._attempt_end = end
+            self.attempt_end = end
             if trace is None or self._own or self._layer:
                 self.dress(address)
             else:
@@ -257,6 +262,7 @@ class Course:
         if not self._has_begun:
             # A call that waits and begins anew has the deadline of its first beginning.
             self._has_begun, self._end, self._extras = True, native.deadline, native.extras
+            self.may_hedge = bool(self._extras & core.EXTRA_HEDGE)
             if self._is_waiting:
                 self._asked = self._end if self._asked is None else min(self._asked, self._end)
         return native
@@ -301,7 +307,7 @@ class Course:
         code, now = error.code(), self._way.clock()
         is_lost = code is grpc.StatusCode.UNAVAILABLE
         is_ready, is_down = self._way.standing(self.link) if is_lost else (True, False)
-        is_late = now + EARLY >= (self._end if self._attempt_end is None else self._attempt_end)
+        is_late = now + EARLY >= (self._end if self.attempt_end is None else self.attempt_end)
         why = None if self.link is None or not is_down else self.link.error
         outcome, status = judge(code, error.details(), is_ready=is_ready, is_down=is_down, is_late=is_late, why=why)
         if why is not None:
@@ -385,13 +391,13 @@ class Course:
 
     def put_aside(self) -> Leg:
         """The attempt that has just gone out is one of several; it is nobody's until `take_up`."""
-        leg = self._token, self.link, self._span, self._attempt_end
+        leg = self._token, self.link, self._span, self.attempt_end
         self._token = self.link = self._span = None
         return leg
 
     def take_up(self, leg: Leg) -> None:
         """Of those put aside, the attempt that ended."""
-        self._token, self.link, self._span, self._attempt_end = leg
+        self._token, self.link, self._span, self.attempt_end = leg
 
     def drop(self, leg: Leg) -> None:
         """Another attempt was quicker, or the caller gave up. Its permit goes back with the call."""
@@ -408,8 +414,13 @@ class Course:
 
         A failure waits for whoever asks, since it may be tried again, unless nobody is left to ask.
         """
-        code = at_once(attempt.code())
-        if code is grpc.StatusCode.OK:
+        # As `at_once`, for what nearly every call does.
+        answer, code = attempt.code(), None
+        try:
+            answer.send(None)
+        except StopIteration as told:
+            code = told.value
+        if code is _OK:
             self.good()
         elif self._is_forgotten and not self.is_over:
             details, trailing = at_once(attempt.details()), at_once(attempt.trailing_metadata())

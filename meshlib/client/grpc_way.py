@@ -43,10 +43,11 @@ class GrpcWay:
 class Method:
     """One method of a stub: how its messages are written and read, and its multicallable on each link.
 
-    `is_replayable`: its request is one message, which may be sent again. `is_stream`: messages stream one way or both.
+    `is_replayable`: its request is one message, which may be sent again. `is_stream`: messages stream one way or both. `starts` are the
+    multicallables that `on` has found.
     """
 
-    __slots__ = ("_key", "_starts", "is_idempotent", "is_replayable", "is_stream", "kind", "name", "serializer", "way")
+    __slots__ = ("_key", "is_idempotent", "is_replayable", "is_stream", "kind", "name", "serializer", "starts", "way")
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Method:
         self.is_replayable = kind.startswith("unary")
         self.is_stream = kind != "unary_unary"
         self._key = (kind, name, serializer, deserializer, is_registered)
-        self._starts: dict[Link, Any] = {}
+        self.starts: dict[Link, Any] = {}
 
     def write(self, request: Any) -> Any:
         """A request message as bytes."""
@@ -74,7 +75,7 @@ class Method:
     def on(self, link: Link | None) -> Any:
         """The multicallable of this method on a link. It takes bytes where the request is one message."""
         assert link is not None
-        found = self._starts.get(link)
+        found = self.starts.get(link)
         if found is None:
             # Stubs that are made anew for each call find what others left on the link.
             found = link.methods.get(self._key)
@@ -88,7 +89,7 @@ class Method:
                     response_deserializer=deserializer,
                     _registered_method=is_registered,
                 )
-            if len(self._starts) >= STARTS_KEPT or any(known.is_left for known in self._starts):
-                self._starts.clear()
-            self._starts[link] = found
+            if len(self.starts) >= STARTS_KEPT or any(known.is_left for known in self.starts):
+                self.starts.clear()
+            self.starts[link] = found
         return found

@@ -87,8 +87,9 @@ class Observer:
 
     def fresh(self) -> float | None:
         """The share of new traces that are sampled, where nobody records and what runs now is part of no trace; None elsewhere."""
-        is_new = current_trace.get() is None and current_visit.get() is None and spans.tracer() is None
-        return self.sample if is_new else None
+        if current_trace.get() is not None or current_visit.get() is not None or spans.tracer() is not None:
+            return None
+        return self.sample
 
     def client_span(
         self,
