@@ -174,6 +174,7 @@ GOALS: Final[tuple[Goal, ...]] = (
     ),
     _called("unary-aio/mtls/c=64", "meshlib", "envoy-pair", "rps", AT_LEAST, 2.0),
     _called("unary-aio/mtls/c=1", "meshlib", "envoy-pair", "p50_us", AT_MOST, 0.6),
+    *(_called(f"unary-aio/mtls/c={count}", "meshlib-relay", "meshlib", "rps", AT_LEAST, None) for count in (1, 64)),
     _called("unary-aio/mtls/c=64", "meshlib", "bare", "rps", AT_LEAST, None),
     _called("unary-aio/mtls/c=1", "meshlib", "bare", "p50_us", AT_MOST, None),
     # As far as grpcio's own server and TLS let anybody come.

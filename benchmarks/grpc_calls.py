@@ -35,8 +35,10 @@ PLAIN: Final = {
     "stream-aio/plain/c=1": ("meshlib", "bare"),
     "chat-aio/plain/c=1": ("meshlib", "bare"),
 }
-PRIVATE: Final = {f"unary-aio/mtls/c={count}": ("meshlib", "bare", "envoy-pair") for count in (1, 64)}
+PRIVATE: Final = {f"unary-aio/mtls/c={count}": ("meshlib", "meshlib-relay", "bare", "envoy-pair") for count in (1, 64)}
 SERVED: Final = {f"served-{kind}/plain/c=64": ("meshlib", "bare") for kind in ("aio", "sync")}
+# How the mesh's channel proves the server: by gRPC's own TLS, or behind a relay by ours.
+CHECKS: Final = {"meshlib": "dns", "meshlib-relay": "spiffe"}
 # The server's side of `added`.
 BY_TURNS: Final = {f"added-{case}": case for case in SERVED}
 
@@ -98,7 +100,7 @@ def _private(sides: GrpcPeers, case: str, mode: str) -> Run:
     _, _, count = _what(case)
 
     def address() -> str:
-        if mode == "meshlib":
+        if mode.startswith("meshlib"):
             return sides.mesh_echo
         return sides.envoy_pair if mode == "envoy-pair" else sides.tls_echo
 
@@ -108,7 +110,7 @@ def _private(sides: GrpcPeers, case: str, mode: str) -> Run:
         what="unary",
         count=count,
         address=address,
-        config=lambda: sides.mesh(address(), is_private=True) if mode == "meshlib" else "",
+        config=lambda: sides.mesh(address(), peer_check=CHECKS[mode]) if mode in CHECKS else "",
         identity=lambda: f"{sides.peers.identities}/me" if mode == "bare" else "",
     )
     return Run(case, mode, job, is_serial=count == 1)

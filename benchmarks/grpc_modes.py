@@ -255,6 +255,7 @@ def bare_sync_no_retries(job: Job) -> Iterator[grpc.Channel]:
 
 ASYNC: Final = {
     "meshlib": meshlib_channel,
+    "meshlib-relay": meshlib_channel,
     "bare": bare,
     "bare-no-retries": bare_no_retries,
     "grpc-xds": grpc_xds,

@@ -57,9 +57,10 @@ class GrpcPeers:
     def __init__(self, peers: Peers) -> None:
         self.peers = peers
 
-    def mesh(self, address: str, *, is_private: bool = False) -> str:
-        """The caller's mesh.yaml."""
-        return self.peers.mesh([address], is_private=is_private, **SERVICE)
+    def mesh(self, address: str, *, peer_check: str = "") -> str:
+        """The caller's mesh.yaml: plain, or with a way to prove the server."""
+        secure = {"secure": {"peer_check": peer_check}} if peer_check else {}
+        return self.peers.mesh([address], is_private=bool(peer_check), **SERVICE, **secure)
 
     def server_mesh(self, *, is_private: bool = False) -> str:
         """The mesh.yaml of who answers, with a rule that lets the calls in."""
