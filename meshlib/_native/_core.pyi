@@ -65,6 +65,7 @@ __all__ = [
     "Gate",
     "HttpConnection",
     "Place",
+    "Tally",
     "TlsClient",
     "TlsConnection",
     "TlsServer",
@@ -383,6 +384,13 @@ class Entry:
     def would_deny(self) -> bool: ...
     def finish(self, status: int, now: float) -> list[int] | None: ...  # the tickets whose turn it is now: None as a rule
     def record(self) -> dict[str, Any]: ...
+
+@final
+class Tally:
+    """Two numbers to which many threads add."""
+    def __new__(cls) -> Tally: ...
+    def add(self, sent: int, received: int) -> None: ...
+    def read(self) -> tuple[int, int]: ...
 
 def canonical_path(target: bytes, strict: bool = False) -> tuple[str, bytes]: ...
 def normalized_path(

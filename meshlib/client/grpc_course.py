@@ -147,7 +147,7 @@ class Course:
         self._token: int | None = None
         self._span: Any = None
         self._call: Call | None = None
-        # The messages of the attempt that counts.
+        # The messages of the attempt that counts, for its span; those of streams are noted only where there is one.
         self.written, self.received = (1, 0) if method.is_replayable else (0, 0)
 
     def _read(self, metadata: Any) -> None:
@@ -168,6 +168,11 @@ class Course:
         if self._call is None and self.native is not None:
             self._call = Call(self.native, "POST", self._method.name)
         return self._call
+
+    @property
+    def is_recorded(self) -> bool:
+        """Does a span stand for the attempt?"""
+        return self._span is not None
 
     @property
     def timeout(self) -> float | None:
@@ -334,7 +339,8 @@ class Course:
         self.received = 1
         if self._span is not None:
             self._end_span(OK, None)
-        self._count()
+        method = self._method
+        method.tally.add(int(method.is_replayable), 1)
         way = self._way
         now = way.clock()
         if self._token is None:
@@ -363,7 +369,7 @@ class Course:
             outcome, error = judge_end(code, is_ready=is_ready, is_cancelled=is_cancelled), failure_of(code, None)
         self.is_over = True
         self._end_span(STATUS.get(code, 500), error)
-        self._count()
+        self._count(code)
         now = self._way.clock()
         if self._token is None:
             self.native.abandon(now)
@@ -448,11 +454,12 @@ class Course:
             span.messages(self.written, self.received)
             span.end(status, error)
 
-    def _count(self) -> None:
-        """observe: the messages that went each way."""
-        observer = self._way.outbound.observer
-        if observer is not None and self._has_begun:
-            observer.messages("client", self._way.service, self._method.name, self.written, self.received)
+    def _count(self, code: grpc.StatusCode | None = None) -> None:
+        """observe: the messages beside streams. Those of streams are counted as they come and go (grpc_way.py)."""
+        if self._has_begun:
+            method = self._method
+            has_answer = code is _OK and not method.kind.endswith("stream")
+            method.tally.add(int(method.is_replayable), int(has_answer))
 
 
 def at_once(answer: Any) -> Any:

@@ -23,6 +23,7 @@ import os
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -76,7 +77,8 @@ class Link:
         self.channel = channel
         self.own = own  # the generation of our Identity that it shows, None in plain text
         self.relay = relay  # behind which our own TLS is, None where gRPC's is used
-        self.calls = 0
+        # One for each call; a list that threads share without a lock.
+        self.calls: deque[None] = deque()
         self.is_down = False  # it failed to connect; stays so, since it is replaced then
         self.is_left = False  # replaced: closed when the last call ends
         self.methods: dict[Any, Any] = {}
@@ -143,30 +145,46 @@ class Links:
                 hint="Its certificate was never loaded: see the log, and `secure.identity` in mesh.yaml.",
             )
         key = (address, identity)
-        old = None
-        with self._lock:
+        while True:
             link = self._links.get(key)
             if link is None or link.own is not current or link.is_down or (link.relay is not None and link.relay.is_spent):
-                fresh = self._make(address, identity, current, connect_timeout)
-                if link is not None:
-                    link.is_left = True
-                    if link.calls == 0:
-                        old = link
-                    else:
-                        self._left.add(link)
-                link = self._links[key] = fresh
-            link.calls += 1
-        if old is not None:
-            self._shut(old)
-        return link
+                link = self._renew(key, link, current, connect_timeout)
+            link.calls.append(None)
+            if not link.is_left:
+                return link
+            self.give(link)  # it was replaced at this very moment
+
+    def _renew(self, key: tuple[str, str], seen: Link | None, current: Any, connect_timeout: float) -> Link:
+        """A link in the place of one that won't do."""
+        with self._lock:
+            link = self._links.get(key)
+            if link is not None and link is not seen:
+                return link  # another thread was quicker
+            fresh = self._links[key] = self._make(*key, current, connect_timeout)
+            if link is None:
+                return fresh
+            # In this order: who takes it now sees that it is left, or is seen here.
+            link.is_left = True
+            is_idle = not link.calls
+            if not is_idle:
+                self._left.add(link)
+        if is_idle:
+            self._shut(link)
+        else:
+            self._leave(link)
+        return fresh
 
     def give(self, link: Link) -> None:
         """A call on this link is over."""
-        if self._process != _process:
-            return  # forked: the channels are the parent's
+        if self._process == _process:  # otherwise forked: the channels are the parent's
+            link.calls.pop()
+            if link.is_left:
+                self._leave(link)
+
+    def _leave(self, link: Link) -> None:
+        """Close a link that was replaced, once, with its last call."""
         with self._lock:
-            link.calls -= 1
-            is_last = link.is_left and link.calls == 0 and not self.is_closed
+            is_last = not link.calls and link in self._left
             if is_last:
                 self._left.discard(link)
         if is_last:

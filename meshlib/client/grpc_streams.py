@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -31,7 +32,19 @@ TOO_LATE = "meshlib: no answer began within the route's deadline; give the call 
 class Run:
     """One call under way: the task that drives it, and the attempt that counts."""
 
-    __slots__ = ("_more", "_request", "attempt", "course", "error", "first", "is_cancelled", "method", "opened", "task")
+    __slots__ = (
+        "_more",
+        "_request",
+        "attempt",
+        "course",
+        "error",
+        "first",
+        "is_cancelled",
+        "messages",
+        "method",
+        "opened",
+        "task",
+    )
 
     def __init__(
         self,
@@ -48,6 +61,8 @@ class Run:
         self.attempt: Any = None
         self.course: Course | None = None
         self.error: Exception | None = None
+        # gRPC's own iterator, once somebody has read, and a message that was read before anybody asked.
+        self.messages: Any = None
         self.first: list[Any] = []
         self.is_cancelled = False
         loop = asyncio.get_running_loop()
@@ -61,11 +76,11 @@ class Run:
         course = None
         try:
             course = self.course = Course(method, timeout, metadata, wait_for_ready)
-            if not method.is_replayable and self._request is not None:
-                self._request = _counted(self._request, course)
             while True:
                 while pause := course.step():  # noqa: ASYNC110  # the engine says for how long
                     await asyncio.sleep(pause)
+                if course.is_recorded and not method.is_replayable and self._request is not None:
+                    self._request = _counted(self._request, course)
                 metadata = grpc.aio.Metadata(*course.sent)
                 start = method.on(course.link)
                 self.attempt = start(self._request, timeout=course.timeout, metadata=metadata, **self._more)
@@ -105,7 +120,9 @@ class Run:
             except TimeoutError:
                 attempt.cancel()
                 raise failure_of(grpc.StatusCode.DEADLINE_EXCEEDED, TOO_LATE) from None
-            self.first.append(await attempt.read())
+            messages = self.messages = aiter(attempt)
+            with suppress(StopAsyncIteration):
+                self.first.append(await anext(messages))
             return None
         # The caller writes into this attempt: it is the one that counts.
         self._open()
@@ -252,24 +269,58 @@ class _StreamResponse(_StreamCall):
 
     def __aiter__(self) -> AsyncIterator[Any]:
         if self._messages is None:
-            self._messages = self._iterate()
+            self._messages = _Messages(self)
         return self._messages
 
-    async def _iterate(self) -> AsyncIterator[Any]:
-        while (message := await self.read()) is not EOF:
-            yield message
-
     async def read(self) -> Any:
+        try:
+            return await self.begin()
+        except StopAsyncIteration:
+            return EOF
+
+    async def begin(self) -> Any:
+        """The next message, whatever there is to wait for."""
         run = self._run
         try:
             attempt = run.attempt if run.is_open else await run.ready()
-            message = run.first.pop() if run.first else await attempt.read()
-            if message is not EOF and run.course is not None:
-                run.course.received += 1
-            return message
+            if run.first:
+                message = run.first.pop()
+            else:
+                if run.messages is None:
+                    run.messages = aiter(attempt)
+                message = await anext(run.messages)
         except asyncio.CancelledError:
             self.cancel()
             raise
+        course = run.course
+        assert course is not None
+        course.received += 1
+        return message
+
+    @property
+    def rest(self) -> Callable[[], Any] | None:
+        """How the next messages are got from gRPC without a step of ours; None where there is something to do."""
+        run = self._run
+        has_more = run.messages is None or bool(run.first) or not run.is_open
+        return None if has_more or run.course is None or run.course.is_recorded else run.messages.__anext__
+
+
+class _Messages(AsyncIterator[Any]):
+    """The messages of a response in turn. From the second on they are gRPC's own iterator's."""
+
+    __slots__ = ("_call", "_rest")
+
+    def __init__(self, call: _StreamResponse) -> None:
+        self._call = call
+        self._rest: Callable[[], Any] | None = None
+
+    def __anext__(self) -> Any:
+        rest = self._rest
+        if rest is None:
+            rest = self._rest = self._call.rest
+            if rest is None:
+                return self._call.begin()
+        return rest()
 
 
 class UnaryStreamCall(_StreamResponse, grpc.aio.UnaryStreamCall[Any, Any]):

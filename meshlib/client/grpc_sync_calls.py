@@ -33,7 +33,7 @@ class Outgoing:
         self._starter = starter
         self._more = more
         self.course = Course(method, timeout, metadata, ready)
-        self._request = request if method.is_replayable else _counted(request, self.course)
+        self._request = request
 
     def send(self) -> Any:
         """Make the attempt that `step` picked."""
@@ -42,6 +42,8 @@ class Outgoing:
             start = self._method.on(course.link)
             if self._starter:
                 start = getattr(start, self._starter)
+            if course.is_recorded and not self._method.is_replayable:
+                self._request = _counted(self._request, course)
             return start(self._request, timeout=course.timeout, metadata=course.sent, **self._more)
         except BaseException:
             course.give_up()

@@ -6,8 +6,10 @@ decided here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
+
+from meshlib._native import core
 
 from .grpc_links import METHODS_KEPT, Link, Links
 from .way import OutboundWay
@@ -47,7 +49,7 @@ class Method:
     multicallables that `on` has found.
     """
 
-    __slots__ = ("_key", "is_idempotent", "is_replayable", "is_stream", "kind", "name", "serializer", "starts", "way")
+    __slots__ = ("_key", "is_idempotent", "is_replayable", "is_stream", "kind", "name", "serializer", "starts", "tally", "way")
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class Method:
         self.is_stream = kind != "unary_unary"
         self._key = (kind, name, serializer, deserializer, is_registered)
         self.starts: dict[Link, Any] = {}
+        observer = way.outbound.observer
+        self.tally = core.Tally() if observer is None else observer.tally("client", way.service, name)
 
     def write(self, request: Any) -> Any:
         """A request message as bytes."""
@@ -85,11 +89,29 @@ class Method:
                     link.methods.clear()
                 found = link.methods[self._key] = getattr(link.channel, kind)(
                     name,
-                    request_serializer=None if self.is_replayable else serializer,
-                    response_deserializer=deserializer,
+                    request_serializer=None if self.is_replayable else _told(serializer, self.tally, 1, 0),
+                    response_deserializer=_told(deserializer, self.tally, 0, 1) if kind.endswith("stream") else deserializer,
                     _registered_method=is_registered,
                 )
             if len(self.starts) >= STARTS_KEPT or any(known.is_left for known in self.starts):
                 self.starts.clear()
             self.starts[link] = found
         return found
+
+
+def _told(turn: Callable[[Any], Any] | None, tally: core.Tally, sent: int, received: int) -> Callable[[Any], Any]:
+    """A (de)serializer that counts: the messages of a stream are seen while it runs, and no iterator stands around gRPC's own."""
+    add = tally.add
+    if turn is None:
+
+        def as_it_is(message: Any) -> Any:
+            add(sent, received)
+            return message
+
+        return as_it_is
+
+    def turned(message: Any) -> Any:
+        add(sent, received)
+        return turn(message)
+
+    return turned

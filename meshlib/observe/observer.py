@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from meshlib._native import core
 from meshlib.call import current_visit
 
 from . import spans
@@ -61,7 +62,7 @@ class Observer:
         self.sample = sample
         self.sampler = Sampler(sample)
         self._egress: dict[str, int] = {}
-        self._messages: dict[tuple[str, str, str], list[int]] = {}
+        self._messages: dict[tuple[str, str, str], core.Tally] = {}
         self._templates: dict[str, str] = {}
 
     def use(self, config: Config) -> None:
@@ -152,21 +153,20 @@ class Observer:
 
     # ------------------------------------------------------------------ both
 
-    def messages(self, side: str, name: str, method: str, sent: int, received: int) -> None:
-        """The messages of one gRPC call that is over, counted. `side` is "client" or "server", `name` the service that was called or
-        the identity that called ("" for none), `method` the full one ("/pkg.Service/Method").
+    def tally(self, side: str, name: str, method: str) -> core.Tally:
+        """Where the messages of gRPC calls that are over are counted. `side` is "client" or "server", `name` the service that was
+        called or the identity that called ("" for none), `method` the full one ("/pkg.Service/Method").
 
         The first thousand pairs have a series each, what comes after them is "other".
         """
         key = (side, name, method)
-        with _lock:
-            counts = self._messages.get(key)
-            if counts is None:
-                if len(self._messages) >= MOST_SPEAKERS:
+        found = self._messages.get(key)
+        if found is None:
+            with _lock:
+                if key not in self._messages and len(self._messages) >= MOST_SPEAKERS:
                     key = (side, OTHER, OTHER)
-                counts = self._messages.setdefault(key, [0, 0])
-            counts[0] += sent
-            counts[1] += received
+                found = self._messages.setdefault(key, core.Tally())
+        return found
 
     # ------------------------------------------------------------------ in
 
@@ -220,7 +220,7 @@ class Observer:
         config, identity = mesh.config, mesh.identity
         with _lock:
             egress = dict(self._egress)
-            messages = {key: (sent, received) for key, (sent, received) in self._messages.items()}
+            messages = {key: tally.read() for key, tally in self._messages.items()}
         shared, checker = (mesh.outbound.rates, getattr(mesh, "inbound_rates", None)), mesh._checker
         # What a mesh of a test need not have.
         watch, trust = getattr(mesh, "watch", None), getattr(mesh, "trust", None)

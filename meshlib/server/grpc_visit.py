@@ -209,7 +209,7 @@ class Exchange(Visit):
         way.leave(self.entry, number)
         span = self.span
         if way.observer is not None:
-            way.observer.messages("server", self.peer.spiffe_id, self._method, self.sent, self.received)
+            way.observer.tally("server", self.peer.spiffe_id, self._method).add(self.sent, self.received)
         if span is not None:
             span.messages(self.sent, self.received)
             span.end(number, None if code is grpc.StatusCode.OK else _Ended(code))

@@ -323,7 +323,7 @@ async def test_the_messages_of_every_kind_are_counted(world: World, channel: Any
     await chat.done_writing()
     assert await chat.read() is grpc.aio.EOF
     await until(lambda: idle(world))
-    counted = {method: tuple(counts) for (_, _, method), counts in world.party.observer._messages.items()}
+    counted = {method: tally.read() for (_, _, method), tally in world.party.observer._messages.items()}
     assert counted == {ECHO: (1, 1), COUNT: (1, 5), SUM: (3, 1), CHAT: (2, 2)}
 
 
@@ -333,7 +333,7 @@ def test_the_messages_of_threads_are_counted(world: World, blocking: Any) -> Non
     list(blocking.unary_stream(COUNT)(b"5"))
     blocking.stream_unary(SUM)(iter([b"1", b"2", b"3"]))
     wait_for(lambda: idle(world))
-    counted = {method: tuple(counts) for (_, _, method), counts in world.party.observer._messages.items()}
+    counted = {method: tally.read() for (_, _, method), tally in world.party.observer._messages.items()}
     assert counted == {ECHO: (1, 1), COUNT: (1, 5), SUM: (3, 1)}
 
 

@@ -142,11 +142,11 @@ def test_hosts_of_egress_are_bounded_and_none_is_lost(mesh: meshlib.Mesh) -> Non
 def test_messages_of_calls_are_added_up_and_bounded(mesh: meshlib.Mesh) -> None:
     """By side, name and method; after a thousand of those, as "other", so that none is lost."""
     observer = Observer()
-    observer.messages("client", "stock", "/a.B/C", 1, 3)
-    observer.messages("client", "stock", "/a.B/C", 2, 0)
+    observer.tally("client", "stock", "/a.B/C").add(1, 3)
+    observer.tally("client", "stock", "/a.B/C").add(2, 0)
     for n in range(MOST_SPEAKERS):
-        observer.messages("server", f"spiffe://shop.internal/{n}", "/a.B/C", 1, 1)
-    observer.messages("client", "stock", "/a.B/C", 1, 1)
+        observer.tally("server", f"spiffe://shop.internal/{n}", "/a.B/C").add(1, 1)
+    observer.tally("client", "stock", "/a.B/C").add(1, 1)
     mesh.observer = observer
     counts = observer.readings(mesh, 0.0).messages
     assert counts["client", "stock", "/a.B/C"] == (4, 4)

@@ -30,7 +30,7 @@ def counted(party: Any) -> dict[str, tuple[int, int]]:
     """Sent and received, by the method's own name."""
     found = party.observer._messages
     assert all(side == "server" and name == "" for side, name, _ in found)
-    return {method.rpartition("/")[2]: (sent, received) for (_, _, method), (sent, received) in found.items()}
+    return {method.rpartition("/")[2]: tally.read() for (_, _, method), tally in found.items()}
 
 
 async def test_messages_of_every_kind_of_call_are_counted(backend: Backend) -> None:

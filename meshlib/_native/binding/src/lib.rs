@@ -8,6 +8,7 @@ mod errors;
 mod gate;
 mod jwt;
 mod place;
+mod tally;
 mod wire;
 
 #[pymodule]
@@ -17,5 +18,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     gate::register(module)?;
     jwt::register(module)?;
     place::register(module)?;
+    tally::register(module)?;
     wire::register(module)
 }
