@@ -129,7 +129,7 @@ class _UnaryUnary(_Stub, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> Any:
-        return self.with_call(request, timeout, metadata, credentials, wait_for_ready, compression)[0]
+        return self._ask(False, request, timeout, metadata, credentials, wait_for_ready, compression)
 
     def with_call(
         self,
@@ -139,19 +139,34 @@ class _UnaryUnary(_Stub, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg
         credentials: Any = None,
         wait_for_ready: bool | None = None,
         compression: Any = None,
-    ) -> tuple[Any, Any]:
+    ) -> Any:
+        return self._ask(True, request, timeout, metadata, credentials, wait_for_ready, compression)
+
+    def _ask(
+        self,
+        with_call: bool,
+        request: Any,
+        timeout: float | None,
+        metadata: Any,
+        credentials: Any,
+        wait_for_ready: bool | None,
+        compression: Any,
+    ) -> Any:
         method, more = self._method, extras(credentials, compression)
         message = request if method.serializer is None else method.serializer(request)
         course = Course(method, timeout, metadata, wait_for_ready)
         try:
             while pause := course.step():
                 time.sleep(pause)
-            if course.is_hedged:
-                return _race(course, method, message, more)
+            if course.may_hedge and course.is_hedged:
+                reply = _race(course, method, message, more)
+                return reply if with_call else reply[0]
             while True:
+                start = method.on(course.link)
+                if with_call:
+                    start = start.with_call
                 try:
-                    start = method.on(course.link).with_call
-                    reply: tuple[Any, Any] = start(message, timeout=course.timeout, metadata=course.sent, **more)
+                    answer = start(message, timeout=course.timeout, metadata=course.sent, **more)
                     break
                 except grpc.RpcError as error:
                     if not course.fail(error):
@@ -159,9 +174,10 @@ class _UnaryUnary(_Stub, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg
                 while pause := course.step():
                     time.sleep(pause)
             course.good()
-            return reply
+            return answer
         finally:
-            course.give_up()
+            if not course.is_over:
+                course.give_up()
 
     def future(
         self,
