@@ -6,8 +6,7 @@ tasks, and objects that the garbage collector knows.
 
 What gRPC itself leaves behind is not counted: its asyncio channel, without the mesh, keeps about a kilobyte for each call that is cancelled.
 
-By default ten thousand calls with each kind of channel. `MESHLIB_CHAOS=long` makes a hundred thousand, or as many as a minute has room for on
-this machine, and not less than a quarter of them.
+By default ten thousand calls with each kind of channel, with `MESHLIB_CHAOS=long` a hundred thousand.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import pytest
 from tests.chaos.grpc_shop import IS_LONG, Shop, backends
 from tests.support import PYTHON, ROOT, free_port
 
-CALLS, SECONDS = (100_000, 60.0) if IS_LONG else (10_000, 30.0)
+CALLS, SECONDS = (100_000, 300.0) if IS_LONG else (10_000, 30.0)
 
 # MiB, and Python objects. A hundred bytes that stay behind for each call would be 1 MiB for ten thousand, an object 10,000.
 MEMORY, OBJECTS = (6.0, 500) if IS_LONG else (2.5, 500)
@@ -31,7 +30,7 @@ MEMORY, OBJECTS = (6.0, 500) if IS_LONG else (2.5, 500)
 # MiB that gRPC keeps for each cancelled call.
 KEPT = 1.5 / 1024
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 90)]
 
 
 @pytest.mark.parametrize("kind", ["aio", "sync"])
@@ -49,7 +48,7 @@ def test_thousands_of_calls_leave_nothing_behind(tmp_path: Path, kind: str) -> N
     more_than = {name: after[name] - before[name] for name in before}
     print(f"\n{kind}: {said['done']} calls in {said['seconds']:.0f} s {said['kinds']}; before {before}, more after: {more_than}")
     assert said["wrong"] == []
-    assert said["done"] == CALLS or (IS_LONG and said["done"] >= CALLS / 4)
+    assert said["done"] == CALLS
     # Of each kind enough to be seen, if one were left behind.
     assert min(said["kinds"].values()) >= 0.03 * said["done"]
     assert said["in_flight"] == 0
