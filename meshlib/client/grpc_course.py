@@ -51,6 +51,7 @@ EARLY: Final = 0.005
 FIRST_LOOK, LAST_LOOK = 0.02, 1.0
 # What `step` says when no attempt is due, but one under way decides.
 OTHERS: Final = -1.0
+TOO_LATE: Final = "meshlib: no answer began within the route's deadline; give the call a timeout, or the route a longer deadline."
 
 # Of refusals: there is nobody to call, or nobody who may be called now.
 NOT_READY: Final = frozenset({errors.NoEndpoint.reason, "admit.breaker_open"})
@@ -71,8 +72,8 @@ class Course:
     """One call on its way: what was decided, and the attempt under way.
 
     `link`, `sent` (metadata) and `timeout` are for the attempt that `step` picked; `patience` is what is left of the
-    route's deadline, which ends a call with one response, and of a stream only the wait for its first one. What the
-    caller set, by `timeout` or a deadline further out, ends both.
+    route's deadline, which ends a call with one message each way, and of a stream of answers the wait for the first one. A stream of
+    requests goes at its caller's pace. What the caller set, by `timeout` or a deadline further out, ends all.
     """
 
     __slots__ = (
@@ -181,6 +182,11 @@ class Course:
         return None if end is None else max(end - self.now, 0.0)
 
     @property
+    def end_of_patience(self) -> float:
+        """The route's own deadline."""
+        return float(self._end)
+
+    @property
     def patience(self) -> float:
         return max(float(self._end) - self.now, 0.0)
 
@@ -210,7 +216,7 @@ class Course:
         try:
             if native is None:
                 if self._is_waiting:
-                    if self._has_begun and now < self._look_at:
+                    if self._has_begun and now < self._look_at and now < self._end:
                         return min(self._look_at, self._end) - now
                     native = self._begin(now)
                     step = native.next(now)
@@ -221,7 +227,7 @@ class Course:
                     sample = None if outbound.observer is None else outbound.observer.fresh()
                     native, self._end, self._extras, trace, step = outbound.engine.depart(
                         way.service, method.name, self._headers, now, self._asked,
-                        self._is_idempotent, method.is_replayable, self._layer, peer, sample,
+                        self._is_idempotent, way.links is not None and method.is_replayable, self._layer, peer, sample,
                     )  # fmt: skip
                     self.native = native
                     self._has_begun = True
@@ -310,6 +316,12 @@ class Course:
     def fail(self, error: Any) -> bool:
         """The attempt failed before its answer began. True if the call goes on; otherwise it is over."""
         code, now = error.code(), self._way.clock()
+        if self._way.links is not None and self._way.links.is_closed:
+            # Its channel was closed under it: no endpoint has failed, and there is nowhere to go on.
+            self._end_span(STATUS.get(code, 500), error)
+            error.call = self.call
+            self.give_up()
+            return False
         is_lost = code is grpc.StatusCode.UNAVAILABLE
         is_ready, is_down = self._way.standing(self.link) if is_lost else (True, False)
         is_late = now + EARLY >= (self._end if self.attempt_end is None else self.attempt_end)
@@ -324,7 +336,7 @@ class Course:
             if verdict != core.DELIVER:
                 self._give_link()
                 return True
-            if self._is_waiting and outcome in UNSENT and self._wait(now):
+            if self._is_waiting and self._method.is_replayable and outcome in UNSENT and self._wait(now):
                 return True
             if outcome == core.OUTCOME_RESPONSE:
                 self.native.finish(self._token, outcome, now)

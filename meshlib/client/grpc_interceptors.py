@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from typing import Any, NamedTuple
 
 import grpc
@@ -71,7 +72,7 @@ class _Aside:
         """The course of a call that may go, and gRPC's details with what the mesh adds."""
         course, pause = self.begin(details, kind)
         try:
-            while pause:
+            while pause > 0.0:
                 await asyncio.sleep(pause)
                 pause = course.step()
         except BaseException:
@@ -196,7 +197,7 @@ class _Sync(
     def _begun(self, details: Any, kind: str) -> tuple[Course, _SyncDetails]:
         course, pause = self._aside.begin(details, kind)
         try:
-            while pause:
+            while pause > 0.0:
                 time.sleep(pause)
                 pause = course.step()
         except BaseException:
@@ -229,7 +230,9 @@ class _Sync(
         except BaseException:
             course.give_up()
             raise
-        call.add_callback(lambda: _note(course, call))
+        # gRPC keeps what it calls back: a stream that its reader drops must end nevertheless.
+        kept = weakref.ref(call)
+        call.add_callback(lambda: _note(course, kept()))
         return _Told(call, course)
 
 
@@ -256,7 +259,10 @@ class _Told:
 
 
 def _note(course: Course, call: Any) -> None:
-    """How a call on a blocking channel ended."""
+    """How a call on a blocking channel ended; None is one that nobody holds any more."""
+    if call is None:
+        course.give_up()
+        return
     code = call.code()
     if code is grpc.StatusCode.OK or course.is_headed:
         course.head()

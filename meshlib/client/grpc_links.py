@@ -48,20 +48,22 @@ DOWN = grpc.ChannelConnectivity.TRANSIENT_FAILURE
 METHODS_KEPT = 256
 # How long a blocking caller waits to learn how a failed channel stands. It is answered at once; the limit is for a stalled machine.
 STATE_PATIENCE = 0.5
+# Seconds that a link is kept without a call: so those to endpoints that are gone end, and callers of every minute keep theirs.
+IDLE = 300.0
 # How much longer than the relay gRPC waits for a connection: the relay's end of the time comes first, since it can say why.
 RELAY_PATIENCE = 0.25
 
 _process = os.getpid()
-# The links of asyncio that have a channel; and of a forked process the parent, if that had some: its gRPC is of no use to asyncio then.
-_with_channels: weakref.WeakSet[AioLinks] = weakref.WeakSet()
+# Whether this process has opened a channel; and of a forked one the parent, if that had: its gRPC is of no use here then. gRPC's threads
+# stay behind, and whether a new channel works without them, hangs or crashes is a matter of luck, also where the parent closed its own.
+_has_opened = False
 _busy_parent = 0
 
 
 def _after_fork() -> None:
-    global _process, _busy_parent
-    if _with_channels:
-        _busy_parent = _process
-        _with_channels.clear()
+    global _process, _busy_parent, _has_opened
+    _busy_parent = _process if _has_opened else _busy_parent
+    _has_opened = False
     _process = os.getpid()
 
 
@@ -71,7 +73,7 @@ os.register_at_fork(after_in_child=_after_fork)
 class Link:
     """The channel to one endpoint, with one generation of our identity. State of the Endpoint, per process (and event loop)."""
 
-    __slots__ = ("calls", "channel", "is_down", "is_left", "methods", "own", "relay")
+    __slots__ = ("calls", "channel", "idle_since", "is_down", "is_left", "methods", "own", "relay")
 
     def __init__(self, channel: Any, own: Any, relay: Relay | None = None) -> None:
         self.channel = channel
@@ -79,6 +81,7 @@ class Link:
         self.relay = relay  # behind which our own TLS is, None where gRPC's is used
         # One for each call; a list that threads share without a lock.
         self.calls: deque[None] = deque()
+        self.idle_since: float | None = None  # as the keeper saw it; None since it was used last
         self.is_down = False  # it failed to connect; stays so, since it is replaced then
         self.is_left = False  # replaced: closed when the last call ends
         self.methods: dict[Any, Any] = {}
@@ -127,12 +130,15 @@ class Links:
         self._links: dict[tuple[str, str], Link] = {}
         # Those that were replaced and have calls.
         self._left: set[Link] = set()
+        # Blocking calls whose answer has not begun, and which their caller gave no end.
+        self.waiting: weakref.WeakSet[Any] = weakref.WeakSet()
         self._credentials: dict[str, tuple[Any, Any]] = {}
         # Whether the certificate of this generation of ours has a DNS SAN, so that those of its neighbours will, too.
         self._named: tuple[Any, bool] = (None, False)
         # Taken again by a call that the garbage collector finds while it is held.
         self._lock = threading.RLock()
         self._process = 0
+        outbound.carriers.add(self)
 
     def take(self, address: str, identity: str, connect_timeout: float) -> Link:
         """The link to an endpoint, counted as in use until `give`. An empty identity means plain text, by configuration."""
@@ -150,6 +156,7 @@ class Links:
             if link is None or link.own is not current or link.is_down or (link.relay is not None and link.relay.is_spent):
                 link = self._renew(key, link, current, connect_timeout)
             link.calls.append(None)
+            link.idle_since = None
             if not link.is_left:
                 return link
             self.give(link)  # it was replaced at this very moment
@@ -173,6 +180,37 @@ class Links:
         else:
             self._leave(link)
         return fresh
+
+    def sweep(self) -> None:
+        """What waits too long: links that nobody uses, such as those to endpoints that are gone, and answers that don't begin. The keeper
+        calls it, once a second.
+        """
+        if self.is_closed or self._process != _process:
+            return
+        now = self._outbound.clock()
+        for key, link in tuple(self._links.items()):
+            if link.calls:
+                link.idle_since = None
+            elif link.idle_since is None:
+                link.idle_since = now
+            elif now - link.idle_since >= IDLE:
+                self._drop(key, link)
+        for call in tuple(self.waiting):
+            call.look(now)
+
+    def _drop(self, key: tuple[str, str], link: Link) -> None:
+        with self._lock:
+            if self._links.get(key) is not link:
+                return
+            del self._links[key]
+            link.is_left = True
+            is_idle = not link.calls
+            if not is_idle:
+                self._left.add(link)
+        if is_idle:
+            self._shut(link)
+        else:
+            self._leave(link)
 
     def give(self, link: Link) -> None:
         """A call on this link is over."""
@@ -209,9 +247,18 @@ class Links:
                     hint="gRPC doesn't survive a fork: make the channel after it (in the worker), never at import.",
                     reason="grpc.forked",
                 )
+            if _busy_parent:
+                raise errors.MeshError(
+                    f"process {_process} is a child of {_busy_parent}, which used gRPC before the fork: a channel to {self.service!r} may "
+                    "hang here.",
+                    hint="Make the first call after it, in the worker, or start the process anew (multiprocessing's spawn).",
+                    reason="grpc.forked",
+                )
             self._process = _process
 
     def _make(self, address: str, identity: str, current: Any, connect_timeout: float) -> Link:
+        global _has_opened
+        _has_opened = True
         if identity and self._is_relayed(identity, current):
             return self._make_relayed(address, identity, current, connect_timeout)
         options = self._channel_options(connect_timeout)
@@ -314,12 +361,6 @@ class AioLinks(Links):
         if self._loop is loop and self._process == _process and not self.is_closed:
             return  # as nearly always
         super().check_home()
-        if _busy_parent:
-            raise errors.MeshError(
-                f"process {_process} was forked from {_busy_parent} while that had gRPC channels of asyncio open: its own would hang.",
-                hint="Close them before the fork, start the process anew (multiprocessing's spawn), or use sync_grpc_channel here.",
-                reason="grpc.forked",
-            )
         if self._loop is not loop:
             if self._loop is not None:
                 raise errors.MeshError(
@@ -335,12 +376,9 @@ class AioLinks(Links):
 
     async def close(self, grace: float | None) -> None:
         links = self._drop_all()
-        if self._process == _process:
-            _with_channels.discard(self)
         await asyncio.gather(*(_end(link, grace) for link in links), *self._closing)
 
     def _open(self, address: str, credentials: Any, options: Options) -> grpc.aio.Channel:
-        _with_channels.add(self)
         if credentials is None:
             return grpc.aio.insecure_channel(address, options=options)
         return grpc.aio.secure_channel(address, credentials, options=options)

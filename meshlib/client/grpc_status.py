@@ -132,6 +132,36 @@ def code_of(error: errors.MeshError) -> grpc.StatusCode:
     return grpc.StatusCode.UNAVAILABLE
 
 
+class _Over:
+    """A call that is over, as grpc.Call and grpc.Future have it: gRPC's blocking interceptors are handed the error in the call's place."""
+
+    def result(self, *_: Any, **__: Any) -> Any:
+        raise cast("BaseException", self)
+
+    def exception(self, *_: Any, **__: Any) -> Any:
+        return self
+
+    def traceback(self, *_: Any, **__: Any) -> Any:
+        return getattr(self, "__traceback__", None)
+
+    def add_done_callback(self, callback: Any) -> None:
+        callback(self)
+
+    def add_callback(self, *_: Any) -> bool:
+        return False
+
+    def done(self) -> bool:
+        return True
+
+    def running(self) -> bool:
+        return False
+
+    is_active = cancel = cancelled = running
+
+    def time_remaining(self) -> float:
+        return 0.0
+
+
 @cache
 def _joined(kind: Any) -> Any:
     """A class that is both `kind` and AioRpcError, named after `kind`: made once, with gRPC's texts and the mesh's attributes."""
@@ -157,7 +187,7 @@ def _joined(kind: Any) -> Any:
 
     return type(
         kind.__name__,
-        (grpc.aio.AioRpcError, kind),
+        (_Over, grpc.aio.AioRpcError, kind),
         {"__init__": __init__, "__reduce__": __reduce__, "__module__": kind.__module__},
     )
 

@@ -21,12 +21,11 @@ import grpc.aio
 from meshlib.call import Call
 
 from .grpc_calls import CANCELLED_DETAILS
-from .grpc_course import Course
+from .grpc_course import TOO_LATE, Course
 from .grpc_status import failure_of
 from .grpc_way import Method
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
-TOO_LATE = "meshlib: no answer began within the route's deadline; give the call a timeout, or the route a longer deadline."
 
 
 class Run:
@@ -276,6 +275,11 @@ class _StreamResponse(_StreamCall):
         try:
             return await self.begin()
         except StopAsyncIteration:
+            run = self._run
+            # gRPC's iterator is over after a failure; who reads once more is told of it again.
+            code = None if run.attempt is None else await run.attempt.code()
+            if code not in (None, grpc.StatusCode.OK):
+                raise failure_of(code, await run.attempt.details(), await run.attempt.trailing_metadata()) from None
             return EOF
 
     async def begin(self) -> Any:

@@ -82,6 +82,8 @@ class Reception:
             can_wait=True,
         )
         exchange = Exchange(way, entry, peer, context, method, metadata)
+        if not is_known:
+            exchange.is_known = False
         if way.recorder() is not None:
             carriers = _carriers(metadata)
             exchange.span = way.observer.server_span("POST", entry.route, carriers, peer.spiffe_id, rpc=method, is_known=is_known)
@@ -102,6 +104,8 @@ class Exchange(Visit):
     # gRPC has ended the call while it was under way: its client has left, or its time is over.
     is_left = False
     is_over = False
+    # There is a handler for its method. Names that callers invent are not counted one by one.
+    is_known = True
     # Messages, and how many answers a good end is, beside those of a stream.
     sent = 0
     received = 0
@@ -208,7 +212,7 @@ class Exchange(Visit):
         way, number = self._way, code.value[0]
         way.leave(self.entry, number)
         span = self.span
-        if way.observer is not None:
+        if way.observer is not None and self.is_known:
             way.observer.tally("server", self.peer.spiffe_id, self._method).add(self.sent, self.received)
         if span is not None:
             span.messages(self.sent, self.received)
