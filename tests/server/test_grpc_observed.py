@@ -50,7 +50,8 @@ async def test_messages_of_every_kind_of_call_are_counted(backend: Backend) -> N
             await channel.unary_unary("/shop.Inventory/Nothing")(b"")
     await until(lambda: backend.party.gate.load()["in_flight"] == 0)
     told = counted(backend.party)
-    assert told.pop("Nothing") == (0, 0)
+    # What callers invent would take the places of real methods.
+    assert "Nothing" not in told
     assert told == {
         "Echo": (3, 3),
         "Tell": (1, 1),
