@@ -472,7 +472,7 @@ class Mesh:
 
     def add_grpc_health(self, server: Any, *names: str) -> None:
         """Answer gRPC's health checks: SERVING until the process begins to end. `names` are known beside "" and the service's own."""
-        from .server.grpc_health import add_health
+        from .server.grpc.health import add_health
 
         add_health(self.start(), server, names)
 
@@ -481,13 +481,13 @@ class Mesh:
 
         It drains as `serve` does, and comes back then. Raises `ListenError`.
         """
-        from .server.grpc_end import serve
+        from .server.grpc.end import serve
 
         await serve(self, server)
 
     def sync_serve_grpc(self, server: grpc.Server) -> None:
         """The same for a `grpc.server`, in the main thread."""
-        from .server.grpc_end import serve_blocking
+        from .server.grpc.end import serve_blocking
 
         serve_blocking(self, server)
 

@@ -24,7 +24,7 @@ from meshlib import deadline, errors
 from meshlib._native import core
 from meshlib.call import current_deadline, current_layer
 from meshlib.client.grpc import client_interceptors, open_channel, open_sync_channel
-from meshlib.client.grpc_status import judge, pushback, rpc_error
+from meshlib.client.grpc.status import judge, pushback, rpc_error
 
 SUPPORT = Path(__file__).parent.parent / "grpc_support"
 sys.path.insert(0, str(SUPPORT))

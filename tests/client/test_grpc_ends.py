@@ -17,7 +17,7 @@ import pytest
 
 from meshlib import errors
 from meshlib.client.grpc import open_channel, open_sync_channel, sync_client_interceptors
-from meshlib.client.grpc_links import IDLE
+from meshlib.client.grpc.links import IDLE
 
 SUPPORT = Path(__file__).parent.parent / "grpc_support"
 sys.path.insert(0, str(SUPPORT))

@@ -26,11 +26,13 @@ import pytest
 
 from meshlib import errors
 from meshlib._native import core
-from meshlib.client import grpc_nest, grpc_relay, grpc_relay_thread
 from meshlib.client.grpc import MeshChannel, MeshSyncChannel
-from meshlib.client.grpc_links import PeerNames, peer_names
-from meshlib.client.grpc_relay import Relay
-from meshlib.client.grpc_status import judge
+from meshlib.client.grpc import nest as grpc_nest
+from meshlib.client.grpc import relay as grpc_relay
+from meshlib.client.grpc import relay_thread as grpc_relay_thread
+from meshlib.client.grpc.links import PeerNames, peer_names
+from meshlib.client.grpc.relay import Relay
+from meshlib.client.grpc.status import judge
 from meshlib.config import load
 from meshlib.secure import FolderSource, IdentityStore, certificates
 from meshlib.secure.ca import CertificateAuthority
@@ -898,9 +900,9 @@ import sys
 sys.path[:0] = [sys.argv[3], sys.argv[4]]
 from pathlib import Path
 from grpc_world import ECHO, Party
-from meshlib.client import grpc_nest
+from meshlib.client.grpc import nest as grpc_nest
 from meshlib.client.grpc import MeshSyncChannel
-from meshlib.client.grpc_links import peer_names
+from meshlib.client.grpc.links import peer_names
 party = Party(Path(sys.argv[1]), "storefront").knows([sys.argv[2]])
 channel = MeshSyncChannel("inventory", party.outbound, names=peer_names(party.config, "inventory"))
 assert channel.unary_unary(ECHO)(b"x") == b"x"

@@ -20,7 +20,7 @@ import pytest
 from meshlib import errors
 from meshlib.call import outer_end, outer_layer, peer
 from meshlib.server.grpc import add_port, server_interceptors
-from meshlib.server.grpc_peer import Callers
+from meshlib.server.grpc.peer import Callers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "grpc_support"))
 from grpc_world import (

@@ -16,7 +16,7 @@ import pytest
 
 import meshlib
 from meshlib.server.drain import drain_of
-from meshlib.server.grpc_health import WATCHERS, service_in, status_out, statuses_out
+from meshlib.server.grpc.health import WATCHERS, service_in, status_out, statuses_out
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "grpc_support"))
 from grpc_world import ECHO, Backend, Shop, until, yaml_of

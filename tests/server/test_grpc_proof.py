@@ -14,7 +14,7 @@ import grpc.aio
 import pytest
 
 from meshlib.secure.ca import CertificateAuthority
-from meshlib.server.grpc_peer import Callers
+from meshlib.server.grpc.peer import Callers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "grpc_support"))
 from grpc_world import WHO, Party, Shop, yaml_of
@@ -127,7 +127,7 @@ async def test_a_federated_ca_can_vouch_for_its_own_trust_domain_only(world: Wor
 
 def test_a_chain_is_judged_once_for_each_identity_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs as much as a handshake; a new bundle or list of revocations is a new identity."""
-    from meshlib.server import grpc_peer
+    from meshlib.server.grpc import peer as grpc_peer
 
     party = Shop(tmp_path).party("inventory")
     own = Held(party)

@@ -2,11 +2,11 @@
 
 Through a channel that is a `grpc.aio.Channel` (or a `grpc.Channel`) for generated stubs and has a gRPC channel to each endpoint
 underneath: every attempt of every call is a pick of the engine, as for HTTP. Public API of grpcio only. The request's way is in
-grpc_course.py, call objects in grpc_calls.py and grpc_streams.py (asyncio), grpc_sync.py and grpc_sync_calls.py (threads), connections
-in grpc_links.py.
+course.py, call objects in calls.py and streams.py (asyncio), sync.py and sync_calls.py (threads), connections
+in links.py.
 
 For channels that users build themselves there are interceptors: deadline, trace, attempt's number, limits and budget, without
-balancing (grpc_interceptors.py). grpc-web, Connect and JSON transcoding are not spoken here: they are for a gateway.
+balancing (interceptors.py). grpc-web, Connect and JSON transcoding are not spoken here: they are for a gateway.
 
 gRPC calls are never idempotent by themselves. What may be repeated after it may have been processed is declared: by the route, by
 `idempotent=("/pkg.Svc/Method", "/pkg.Svc/*")` of the channel, or for one call by the metadata `x-mesh-idempotent: 1`, which stays
@@ -23,14 +23,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from .grpc_course import IDEMPOTENT
-from .grpc_interceptors import client_interceptors, sync_client_interceptors
-from .grpc_links import READY, AioLinks, Options, peer_names
-from .grpc_status import rpc_error
-from .grpc_stubs import StreamStream, StreamUnary, UnaryStream, UnaryUnary
-from .grpc_sync import MeshSyncChannel
-from .grpc_way import GrpcWay
-from .way import OutboundWay
+from ..way import OutboundWay
+from .course import IDEMPOTENT
+from .interceptors import client_interceptors, sync_client_interceptors
+from .links import READY, AioLinks, Options, peer_names
+from .status import rpc_error
+from .stubs import StreamStream, StreamUnary, UnaryStream, UnaryUnary
+from .sync import MeshSyncChannel
+from .way import GrpcWay
 
 __all__ = [
     "IDEMPOTENT",

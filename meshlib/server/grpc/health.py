@@ -23,8 +23,8 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from .door import Inside
-from .drain import drain_of
+from ..door import Inside
+from ..drain import drain_of
 
 SERVICE: Final = "grpc.health.v1.Health"
 SERVING: Final = 1

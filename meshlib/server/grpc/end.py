@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 import grpc.aio
 
-from ..observe.probe import Pulse
-from .door import Inside, door_of
-from .drain import LAST, Drain, Phase, disarm, drain_of, last_resort
-from .listeners import bind
-from .serve import answer_probes
+from ...observe.probe import Pulse
+from ..door import Inside, door_of
+from ..drain import LAST, Drain, Phase, disarm, drain_of, last_resort
+from ..listeners import bind
+from ..serve import answer_probes
 
 if TYPE_CHECKING:
-    from ..observe.probe import ProbeListener
+    from ...observe.probe import ProbeListener
 
 log = logging.getLogger("meshlib.server")
 

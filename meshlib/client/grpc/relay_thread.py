@@ -14,7 +14,7 @@ import threading
 
 from meshlib._native import core
 
-from .grpc_relay import Relay
+from .relay import Relay
 
 # How long somebody who closes a channel waits for the end of its relays.
 PATIENCE = 5.0

@@ -5,8 +5,8 @@
 The mirror of `client/way.py` for calls whose bytes gRPC moves: the same engine takes the same decisions in the same
 order. A `Course` is one call on this way. It never waits, so that it serves asyncio, threads and gRPC's callbacks alike:
 whoever drives it asks `step` for an attempt, makes it, and says how it went. gRPC sends the deadline itself
-(`grpc-timeout`); attempts go over a channel per endpoint (grpc_links.py); their ends are read from gRPC's codes
-(grpc_status.py).
+(`grpc-timeout`); attempts go over a channel per endpoint (links.py); their ends are read from gRPC's codes
+(status.py).
 
 An attempt is repeated only before the first message of the response, and only if the engine says so; gRPC's own retries
 are off. `wait_for_ready` means what it means in gRPC, over all endpoints: as long as none can be reached, and nothing was sent to any,
@@ -35,9 +35,9 @@ from meshlib.call import (
     gone_away,
 )
 
-from .grpc_links import Link
-from .grpc_status import OK, STATUS, failure_of, judge, judge_end, pushback, rpc_error
-from .grpc_way import Method
+from .links import Link
+from .status import OK, STATUS, failure_of, judge, judge_end, pushback, rpc_error
+from .way import Method
 
 # A caller declares with this metadata key that one call may be repeated. It stays here: the next hop declares for itself.
 IDEMPOTENT: Final = "x-mesh-idempotent"
@@ -467,7 +467,7 @@ class Course:
             span.end(status, error)
 
     def _count(self, code: grpc.StatusCode | None = None) -> None:
-        """observe: the messages beside streams. Those of streams are counted as they come and go (grpc_way.py)."""
+        """observe: the messages beside streams. Those of streams are counted as they come and go (way.py)."""
         if self._has_begun:
             method = self._method
             has_answer = code is _OK and not method.kind.endswith("stream")

@@ -1,7 +1,7 @@
 """How does a thread call a Service of the mesh over gRPC?
 
 Through a `grpc.Channel` for generated stubs. A call with one message each way goes the same outbound way as under asyncio, in the
-calling thread; a hedge beside it is moved by gRPC's threads. What isn't waited for at once is in grpc_sync_calls.py.
+calling thread; a hedge beside it is moved by gRPC's threads. What isn't waited for at once is in sync_calls.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 import grpc
 
-from .grpc_calls import extras
-from .grpc_course import OTHERS, Course, Leg
-from .grpc_links import Options, SyncLinks
-from .grpc_sync_calls import Outgoing, Responses, SyncFuture
-from .grpc_way import GrpcWay, Method
-from .way import OutboundWay
+from ..way import OutboundWay
+from .calls import extras
+from .course import OTHERS, Course, Leg
+from .links import Options, SyncLinks
+from .sync_calls import Outgoing, Responses, SyncFuture
+from .way import GrpcWay, Method
 
 
 class MeshSyncChannel(grpc.Channel):

@@ -1,6 +1,6 @@
 """What is known of the way to a Service before the first call, and of a stub's method?
 
-A `GrpcWay` belongs to a channel, a `Method` to a multicallable of a stub. Calls are `Course`s on that way (grpc_course.py). Nothing is
+A `GrpcWay` belongs to a channel, a `Method` to a multicallable of a stub. Calls are `Course`s on that way (course.py). Nothing is
 decided here.
 """
 
@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from meshlib._native import core
 
-from .grpc_links import METHODS_KEPT, Link, Links
-from .way import OutboundWay
+from ..way import OutboundWay
+from .links import METHODS_KEPT, Link, Links
 
 # Links that a method remembers how to be called on, before it begins anew: far more than a Service has endpoints nearby.
 STARTS_KEPT: Final = 1024

@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from .grpc_calls import UnaryUnaryCall, extras
-from .grpc_streams import Run, StreamStreamCall, StreamUnaryCall, UnaryStreamCall
-from .grpc_way import GrpcWay, Method
+from .calls import UnaryUnaryCall, extras
+from .streams import Run, StreamStreamCall, StreamUnaryCall, UnaryStreamCall
+from .way import GrpcWay, Method
 
 
 class _Stub:

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import grpc
 import grpc.aio
 
-from .grpc_course import Course
-from .grpc_status import failure_of
-from .grpc_way import GrpcWay, Method
+from .course import Course
+from .status import failure_of
+from .way import GrpcWay, Method
 
 # Seconds for which the number of endpoints is believed.
 RECOUNT = 1.0

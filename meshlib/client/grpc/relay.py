@@ -5,10 +5,10 @@ plain HTTP/2 to a UNIX socket of this process, and a Relay moves the bytes from 
 SPIFFE ID, resumes sessions and reads revocations as every other connection of the mesh. It knows why a connection failed, which gRPC
 doesn't tell. ALPN must agree on h2. No HTTP is read here, nothing is retried and no endpoint chosen.
 
-The bytes are moved by an event loop: that of the asyncio channel, or the one of grpc_relay_thread.py for blocking callers. Memory is
+The bytes are moved by an event loop: that of the asyncio channel, or the one of relay_thread.py for blocking callers. Memory is
 bounded: each side is read only while the other takes what comes.
 
-Who may use the socket, and what that leaves open: grpc_nest.py.
+Who may use the socket, and what that leaves open: nest.py.
 
 A forked child has relays of its own: what it inherits is replaced by /dev/null, so that the parent's connections don't change.
 """
@@ -26,10 +26,10 @@ from typing import Any, Final, cast
 from meshlib import errors
 from meshlib._native import core
 
-from . import grpc_nest
-from .connection import split_address
-from .faults import too_slow, unreachable
-from .grpc_nest import stranger_at
+from ..connection import split_address
+from ..faults import too_slow, unreachable
+from . import nest as nests
+from .nest import stranger_at
 
 log: Final = logging.getLogger("meshlib.secure")
 
@@ -70,7 +70,7 @@ class Relay:
         self._serving: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._nest = grpc_nest.nest
+        self._nest = nests.nest
         self._listener, self.path = self._nest.take()
         _relays.add(self)
 

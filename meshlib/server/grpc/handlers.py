@@ -1,7 +1,7 @@
 """What stands between a gRPC call that arrives and the application's handler?
 
 The interceptors wrap the application's handler, in all four kinds and in the two styles of asyncio's API, with the inbound way of a call
-(`grpc_visit.py`); a blocking handler in an asyncio server stays one, and runs in the server's threads. One request message is parsed
+(`visit.py`); a blocking handler in an asyncio server stays one, and runs in the server's threads. One request message is parsed
 after the caller was let in; those of a stream are parsed when the handler asks for them.
 
 Messages of streams are counted where gRPC reads and writes them, by (de)serializers, so that handlers keep gRPC's own iterators and
@@ -20,8 +20,8 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from .grpc_visit import ATTEND, UNKNOWN_METHOD, Exchange, Reception
-from .way import shown
+from ..way import shown
+from .visit import ATTEND, UNKNOWN_METHOD, Exchange, Reception
 
 log = logging.getLogger("meshlib.server")
 

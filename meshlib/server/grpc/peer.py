@@ -20,7 +20,7 @@ from meshlib import errors
 from meshlib._native import core
 from meshlib.call import Peer
 
-from .line import PLAIN, PLAIN_TLS
+from ..line import PLAIN, PLAIN_TLS
 
 # Chains of peers whose judgement is remembered, for as long as our own identity is the same.
 CHAINS_KEPT: Final = 1024

@@ -20,10 +20,10 @@ import grpc.aio
 
 from meshlib.call import Call
 
-from .grpc_calls import CANCELLED_DETAILS
-from .grpc_course import TOO_LATE, Course
-from .grpc_status import failure_of
-from .grpc_way import Method
+from .calls import CANCELLED_DETAILS
+from .course import TOO_LATE, Course
+from .status import failure_of
+from .way import Method
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 

@@ -28,8 +28,8 @@ import grpc.aio
 
 from meshlib import errors
 
-from .grpc_handlers import MeshInterceptor, MeshSyncInterceptor
-from .grpc_visit import reception_of
+from .handlers import MeshInterceptor, MeshSyncInterceptor
+from .visit import reception_of
 
 __all__ = ["MeshInterceptor", "MeshSyncInterceptor", "add_port", "server_interceptors", "sync_server_interceptors"]
 
@@ -51,7 +51,7 @@ def add_port(mesh: Any, server: Any, address: str, *, plain: str | None = None) 
     `address`, for callers of the mesh, and plain text at `plain` for the others: gRPC can't serve both on one port, nor ask for a
     certificate without requiring it. The rules judge both, and in mode permissive refuse neither.
 
-    The server is the mesh's to end from then on: by `mesh.drain()`, and with the process (`grpc_end.py`).
+    The server is the mesh's to end from then on: by `mesh.drain()`, and with the process (`end.py`).
 
     A port that another gRPC server holds is shared with it, as gRPC does by default: for an error instead, give both servers the
     option ("grpc.so_reuseport", 0). Raises ListenError, IdentityError or ConfigError.
@@ -68,7 +68,7 @@ def add_port(mesh: Any, server: Any, address: str, *, plain: str | None = None) 
         port = _listen(server.add_secure_port, address, _credentials(mesh))
     if plain is not None:
         _listen(server.add_insecure_port, plain)
-    from .grpc_end import ends_with
+    from .end import ends_with
 
     ends_with(mesh, server)
     return port
@@ -92,7 +92,7 @@ def _credentials(mesh: Any) -> grpc.ServerCredentials:
 
 def _nobody() -> Any:
     """After our identity was withdrawn: a certificate that no peer knows, and a root that has signed for none of them."""
-    from ..secure import certificates
+    from ...secure import certificates
 
     key = certificates.new_key()
     root = certificates.new_root(key, "withdrawn.invalid", 3600.0, time.time())
@@ -106,7 +106,7 @@ def _configuration(identity: Any) -> Any:
             f"our bundle holds no root of our own trust domain {identity.trust_domain!r}.",
             hint="Issue the identity anew: meshlib ca issue",
         )
-    # All that we believe, ours and those of other trust domains; which root may vouch for whom is judged for each chain (`grpc_peer.py`).
+    # All that we believe, ours and those of other trust domains; which root may vouch for whom is judged for each chain (`peer.py`).
     roots = b"\n".join(bytes(bundle) for bundle in identity.bundles.values())
     return grpc.ssl_server_certificate_configuration([(bytes(identity.key), bytes(identity.chain))], root_certificates=roots)
 

@@ -9,7 +9,7 @@ mTLS goes one of two ways. By DNS name: gRPC's own TLS shows our SVID, trusts on
 the DNS SAN `<service>.<namespace>.<trust domain>`, which our CA writes beside the SPIFFE ID. What that leaves open: whoever can make
 that CA (or another one in the same bundle) sign a certificate with this DNS name and another SPIFFE ID would be believed; and gRPC
 reads no list of what was revoked. By SPIFFE ID: our own TLS behind a relay, which costs a copy more and leaves open what
-grpc_nest.py says. Without a word in the configuration (`secure.peer_check`), the first way is for identities of our own trust domain
+nest.py says. Without a word in the configuration (`secure.peer_check`), the first way is for identities of our own trust domain
 whose DNS name is known, if our CA writes such names; everything else goes by the second.
 
 Channels belong to the process, and those of asyncio to the event loop, that made them: elsewhere there is a clear error instead of
@@ -36,9 +36,9 @@ from meshlib import errors
 from meshlib._native import core
 from meshlib.secure import certificates
 
-from . import grpc_relay_thread
-from .grpc_relay import Relay
-from .way import OutboundWay
+from ..way import OutboundWay
+from . import relay_thread as threads
+from .relay import Relay
 
 Options = Sequence[tuple[str, Any]]
 READY = grpc.ChannelConnectivity.READY
@@ -427,10 +427,10 @@ class SyncLinks(Links):
         return grpc.secure_channel(address, credentials, options=options)
 
     def _open_relay(self, tls: core.TlsClient, identity: str, address: str, connect_timeout: float) -> Relay:
-        return grpc_relay_thread.relay_thread.open(tls, identity, address, connect_timeout)
+        return threads.relay_thread.open(tls, identity, address, connect_timeout)
 
     def _close_relay(self, relay: Relay, *, is_waiting: bool) -> None:
-        grpc_relay_thread.relay_thread.close(relay, is_waiting=is_waiting)
+        threads.relay_thread.close(relay, is_waiting=is_waiting)
 
     def _shut(self, link: Link) -> None:
         # Maybe a callback of gRPC's found the last call, and the channel waits for the very thread that runs callbacks.

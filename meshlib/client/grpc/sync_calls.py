@@ -19,9 +19,9 @@ import grpc
 
 from meshlib.call import Call
 
-from .grpc_course import TOO_LATE, Course
-from .grpc_status import failure_of
-from .grpc_way import Method
+from .course import TOO_LATE, Course
+from .status import failure_of
+from .way import Method
 
 log = logging.getLogger("meshlib.client")
 

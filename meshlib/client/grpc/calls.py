@@ -18,9 +18,9 @@ import grpc.aio
 
 from meshlib.call import Call, Errand, Visit, gone_away
 
-from .grpc_course import OTHERS, Course, Leg
-from .grpc_status import failure_of, rpc_error
-from .grpc_way import Method
+from .course import OTHERS, Course, Leg
+from .status import failure_of, rpc_error
+from .way import Method
 
 CANCELLED_DETAILS = "Locally cancelled by application!"  # gRPC's own words
 

@@ -8,7 +8,7 @@ callers of the mesh catch. (It serves `grpc.Channel`, too: an `AioRpcError` is a
 peer nor whether the request left, and its texts can be forged by any server that relays an error of its own upstream. So the text
 alone never proves "nothing was sent"; it has to agree with the state of the channel to that one endpoint. What can't be proved
 counts as sent, and is not repeated unless the call is idempotent. Why a connection failed is read from gRPC's text, or better told by
-the relay behind which the TLS is ours (grpc_relay.py).
+the relay behind which the TLS is ours (relay.py).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 is the context of its handler, hears that its client has gone, and gives back what it was given. A refusal is told to the caller in
 words that never change and name nothing; the log of this service has the rule.
 
-It moves no message and wraps no handler: that is `grpc_handlers.py`. It does not cancel a handler: gRPC does that with those of asyncio,
+It moves no message and wraps no handler: that is `handlers.py`. It does not cancel a handler: gRPC does that with those of asyncio,
 and nobody can with those in threads.
 """
 
@@ -22,8 +22,8 @@ import grpc.aio
 from meshlib._native import core
 from meshlib.call import Peer, Visit
 
-from .grpc_peer import Callers
-from .way import ORDINARY, Headers, InboundWay, step_in, step_out
+from ..way import ORDINARY, Headers, InboundWay, step_in, step_out
+from .peer import Callers
 
 CARRIERS: Final = frozenset({"traceparent", "tracestate", "baggage"})
 FOREVER: Final = 10 * 365 * 86400.0  # a blocking server says "no deadline" with a very large number
@@ -172,7 +172,7 @@ class Exchange(Visit):
 
     def listen(self) -> None:
         """Hear of it when gRPC ends the call. For handlers in threads, whom nobody cancels."""
-        # A server of asyncio answers nothing, and calls nobody back (`grpc_handlers.py` hears of it in another way).
+        # A server of asyncio answers nothing, and calls nobody back (`handlers.py` hears of it in another way).
         if self._context.add_callback(self.gone) is False:
             self.gone()
 
