@@ -195,7 +195,11 @@ class Links:
                 link.idle_since = now
             elif now - link.idle_since >= IDLE:
                 self._drop(key, link)
-        for call in tuple(self.waiting):
+        try:
+            waiting = tuple(self.waiting)
+        except RuntimeError:
+            return  # a thread begins a call at this very moment: in a second again
+        for call in waiting:
             call.look(now)
 
     def _drop(self, key: tuple[str, str], link: Link) -> None:
