@@ -57,7 +57,7 @@ class UnaryUnaryCall(grpc.aio.UnaryUnaryCall[Any, Any]):
         try:
             course = self._course = Course(method, timeout, metadata, wait_for_ready)
             pause = course.step()
-            if pause or (course.may_hedge and course.is_hedged):
+            if pause or course.is_hedged:
                 self._rest = asyncio.get_running_loop().create_task(self._race(course, pause))
             else:
                 self._start(course)

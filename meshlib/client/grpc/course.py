@@ -98,7 +98,6 @@ class Course:
         "is_headed",
         "is_over",
         "link",
-        "may_hedge",
         "native",
         "now",
         "received",
@@ -118,8 +117,6 @@ class Course:
         self._end = now
         self.attempt_end: float | None = None
         self._extras = 0
-        # A second attempt may go out beside a slow one, if the engine says so when it is asked.
-        self.may_hedge = False
         # Of a call that waits for an endpoint: when it looks again.
         self._look, self._look_at = FIRST_LOOK, now
         self._headers = _NONE
@@ -188,12 +185,12 @@ class Course:
 
     @property
     def patience(self) -> float:
-        return max(float(self._end) - self.now, 0.0)
+        return max(self.end_of_patience - self.now, 0.0)
 
     @property
     def is_hedged(self) -> bool:
         """May a second attempt go out beside a slow one?"""
-        return self.may_hedge and self.native.hedge(self.now, True, False) is not None
+        return bool(self._extras & core.EXTRA_HEDGE) and self.native.hedge(self.now, True, False) is not None
 
     def accompany(self) -> None:
         """route, for a call that isn't balanced: the policy, and the permit of the Service."""
@@ -212,7 +209,7 @@ class Course:
         """
         way = self._way
         now = self.now = way.clock()
-        native, trace = self.native, None
+        native, visit, trace = self.native, self.visit, None
         try:
             if native is None:
                 if self._is_waiting:
@@ -222,7 +219,7 @@ class Course:
                     step = native.next(now)
                 else:
                     # route, and the first pick: one crossing for what nearly every call is.
-                    visit, method, outbound = self.visit, self._method, way.outbound
+                    method, outbound = self._method, way.outbound
                     peer = None if visit is None or visit.peer is None else visit.peer.spiffe_id
                     sample = None if outbound.observer is None else outbound.observer.fresh()
                     native, self._end, self._extras, trace, step = outbound.engine.depart(
@@ -231,9 +228,8 @@ class Course:
                     )  # fmt: skip
                     self.native = native
                     self._has_begun = True
-                    self.may_hedge = bool(self._extras & core.EXTRA_HEDGE)
-                    if visit is not None and visit.is_gone and visit.ends_calls and native.is_idempotent:
-                        raise gone_away()
+                if visit is not None and visit.is_gone and visit.ends_calls and native.is_idempotent:
+                    raise gone_away()
             else:
                 # retry: the engine says when.
                 step = native.next(now)
@@ -273,7 +269,6 @@ class Course:
         if not self._has_begun:
             # A call that waits and begins anew has the deadline of its first beginning.
             self._has_begun, self._end, self._extras = True, native.deadline, native.extras
-            self.may_hedge = bool(self._extras & core.EXTRA_HEDGE)
             if self._is_waiting:
                 self._asked = self._end if self._asked is None else min(self._asked, self._end)
         return native
@@ -351,17 +346,13 @@ class Course:
         self.received = 1
         if self._span is not None:
             self._end_span(OK, None)
-        method = self._method
-        method.tally.add(int(method.is_replayable), 1)
-        way = self._way
-        now = way.clock()
+        self._count(_OK)
+        now = self._way.clock()
         if self._token is None:
             self.native.abandon(now)
         else:
             self.native.head(self._token, _GOOD, OK, now, -1.0, True)
-        link, self.link = self.link, None
-        if link is not None:
-            way.links.give(link)  # type: ignore[union-attr]  # whose else
+        self._give_link()
 
     def head(self) -> None:
         """The answer began."""

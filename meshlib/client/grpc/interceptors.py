@@ -20,13 +20,12 @@ import grpc
 import grpc.aio
 
 from .course import Course
+from .links import METHODS_KEPT
 from .status import failure_of
 from .way import GrpcWay, Method
 
 # Seconds for which the number of endpoints is believed.
 RECOUNT = 1.0
-# Methods that are remembered, lest a caller should fill the memory.
-METHODS_KEPT = 256
 
 
 def client_interceptors(mesh: Any, service: str) -> list[Any]:

@@ -305,8 +305,8 @@ class _StreamResponse(_StreamCall):
     def rest(self) -> Callable[[], Any] | None:
         """How the next messages are got from gRPC without a step of ours; None where there is something to do."""
         run = self._run
-        has_more = run.messages is None or bool(run.first) or not run.is_open
-        return None if has_more or run.course is None or run.course.is_recorded else run.messages.__anext__
+        has_step = run.messages is None or bool(run.first) or not run.is_open
+        return None if has_step or run.course is None or run.course.is_recorded else run.messages.__anext__
 
 
 class _Messages(AsyncIterator[Any]):

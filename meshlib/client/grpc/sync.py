@@ -158,7 +158,7 @@ class _UnaryUnary(_Stub, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg
         try:
             while pause := course.step():
                 time.sleep(pause)
-            if course.may_hedge and course.is_hedged:
+            if course.is_hedged:
                 reply = _race(course, method, message, more)
                 return reply if with_call else reply[0]
             while True:

@@ -26,7 +26,8 @@ from .visit import ATTEND, UNKNOWN_METHOD, Exchange, Reception
 log = logging.getLogger("meshlib.server")
 
 UNREADABLE: Final = grpc.StatusCode.INTERNAL, "the request can't be read"
-
+# In the place of a message that can't be read; None may be one.
+NOTHING: Final = object()
 
 # Wrapped methods that a server keeps: more than an application has, whatever callers ask for.
 METHODS_KEPT: Final = 1024
@@ -45,8 +46,9 @@ class _Interceptor:
             return kept[1]
         if handler is None or handler.unary_unary is None or (is_aio and not inspect.iscoroutinefunction(handler.unary_unary)):
             return wrap(self._reception, method, handler, is_aio=is_aio)
-        one = _One(self._reception, method, handler.unary_unary, handler.request_deserializer)
-        made = grpc.unary_unary_rpc_method_handler(one.respond_aio if is_aio else one.respond, None, handler.response_serializer)
+        passage = _Passage(self._reception, method, handler.unary_unary, handler.request_deserializer, 1, 1)
+        outer = passage.respond_aio if is_aio else passage.respond
+        made = grpc.unary_unary_rpc_method_handler(outer, None, handler.response_serializer)
         if len(self._kept) >= METHODS_KEPT:
             self._kept.clear()
         self._kept[method] = handler, made
@@ -78,52 +80,6 @@ def is_exact(method: str) -> bool:
     return is_ours and service.replace(".", "_").replace("_", "a").isalnum() and name.replace("_", "a").isalnum()
 
 
-class _One:
-    """A method with one message each way, in a coroutine or in a thread that is told when its client leaves."""
-
-    __slots__ = ("_inner", "_method", "_parse", "_reception")
-
-    def __init__(self, reception: Reception, method: str, inner: Any, parse: Any) -> None:
-        self._reception = reception
-        self._method = method
-        self._inner = inner
-        self._parse = parse
-
-    async def respond_aio(self, request: Any, context: Any) -> Any:
-        exchange = self._reception.enter(self._method, context)
-        exchange.received = exchange.answers = 1
-        if exchange.todo & ATTEND and exchange.refusal is None:
-            await exchange.attend()
-        if exchange.refusal is not None:
-            await context.abort(*exchange.refusal)
-        with exchange:
-            if self._parse is not None:
-                try:
-                    request = self._parse(request)
-                except Exception as error:
-                    unreadable(self._method, error)
-                    await context.abort(*UNREADABLE)
-            return await self._inner(request, context)
-
-    def respond(self, request: Any, context: Any) -> Any:
-        exchange = self._reception.enter(self._method, context)
-        exchange.received = exchange.answers = 1
-        if exchange.refusal is None:
-            exchange.listen()
-            if exchange.todo & ATTEND:
-                exchange.attend_blocking()
-        if exchange.refusal is not None:
-            _abort(context, *exchange.refusal)
-        with exchange:
-            if self._parse is not None:
-                try:
-                    request = self._parse(request)
-                except Exception as error:
-                    unreadable(self._method, error)
-                    context.abort(*UNREADABLE)
-            return self._inner(request, context)
-
-
 def wrap(reception: Reception, method: str, handler: Any, *, is_aio: bool) -> Any:
     """A handler that takes the call in, hands it to the application's, and sees it out. None stands for an unknown method."""
     if handler is None:
@@ -135,8 +91,8 @@ def wrap(reception: Reception, method: str, handler: Any, *, is_aio: bool) -> An
         if is_unary_in
         else (handler.stream_unary if is_unary_out else handler.stream_stream)
     )
-    passage = _Passage(reception, method, inner, handler.request_deserializer if is_unary_in else None)
-    passage.received, passage.sent = int(is_unary_in), int(is_unary_out)
+    parse = handler.request_deserializer if is_unary_in else None
+    passage = _OneCall(reception, method, inner, parse, int(is_unary_in), int(is_unary_out))
     outer: Any
     if not is_aio or not (inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)):
         outer = passage.respond if is_unary_out else passage.stream
@@ -160,36 +116,52 @@ def wrap(reception: Reception, method: str, handler: Any, *, is_aio: bool) -> An
 
 
 class _Passage:
-    """One call's way in and out. The four faces differ in how they wait and in how they hand on messages."""
+    """A method's way in and out. The four faces differ in how they wait and in how they hand on messages."""
 
-    __slots__ = ("_exchange", "_inner", "_is_ended", "_method", "_parse", "_reception", "received", "sent")
+    __slots__ = ("_inner", "_method", "_parse", "_reception", "received", "sent")
 
-    def __init__(self, reception: Reception, method: str, inner: Any, parse: Any) -> None:
+    def __init__(self, reception: Reception, method: str, inner: Any, parse: Any, received: int = 0, sent: int = 0) -> None:
         self._reception = reception
         self._method = method
         self._inner = inner
         self._parse = parse
-        self._exchange: Exchange | None = None
-        self._is_ended = False
         # Messages that come and go beside streams: one each, or none.
-        self.received = self.sent = 0
+        self.received, self.sent = received, sent
 
     async def respond_aio(self, request: Any, context: Any) -> Any:
-        with await self._met_aio(context):
-            return await self._inner(await self._parsed_aio(request, context), context)
+        exchange = self.enter(context)
+        if exchange.refusal is not None or exchange.todo & ATTEND:
+            await self._meet_aio(exchange, context)
+        with exchange:
+            message = self._parsed(request)
+            if message is NOTHING:
+                await context.abort(*UNREADABLE)
+            return await self._inner(message, context)
 
     async def stream_aio(self, request: Any, context: Any) -> Any:
-        with await self._met_aio(context):
-            async for response in self._inner(await self._parsed_aio(request, context), context):
+        exchange = self.enter(context)
+        if exchange.refusal is not None or exchange.todo & ATTEND:
+            await self._meet_aio(exchange, context)
+        with exchange:
+            message = self._parsed(request)
+            if message is NOTHING:
+                await context.abort(*UNREADABLE)
+            async for response in self._inner(message, context):
                 yield response
 
     def respond(self, request: Any, context: Any) -> Any:
         with self._met(context):
-            return self._inner(self._parsed(request, context), context)
+            message = self._parsed(request)
+            if message is NOTHING:
+                context.abort(*UNREADABLE)
+            return self._inner(message, context)
 
     def stream(self, request: Any, context: Any) -> Any:
         with self._met(context):
-            yield from self._inner(self._parsed(request, context), context)
+            message = self._parsed(request)
+            if message is NOTHING:
+                context.abort(*UNREADABLE)
+            yield from self._inner(message, context)
 
     async def nobody_aio(self, request: Any, context: Any) -> None:
         await context.abort(*self._unknown(context))
@@ -198,13 +170,71 @@ class _Passage:
         _abort(context, *self._unknown(context))
         yield b""
 
+    def enter(self, context: Any) -> Exchange:
+        exchange = self._reception.enter(self._method, context)
+        exchange.received, exchange.answers = self.received, self.sent
+        return exchange
+
+    async def _meet_aio(self, exchange: Exchange, context: Any) -> None:
+        """Whatever the call has to wait for; who is refused gets no further."""
+        if exchange.refusal is None:
+            await exchange.attend()
+        if exchange.refusal is not None:
+            await context.abort(*exchange.refusal)
+
+    def _met(self, context: Any) -> Exchange:
+        """The same for threads, which also hear that the client leaves."""
+        exchange = self.enter(context)
+        if exchange.refusal is None:
+            exchange.listen()
+            if exchange.todo & ATTEND:
+                exchange.attend_blocking()
+        if exchange.refusal is not None:
+            _abort(context, *exchange.refusal)
+        return exchange
+
+    def _unknown(self, context: Any) -> tuple[Any, ...]:
+        """Whether a method exists is told only to who may ask."""
+        exchange = self._reception.enter(self._method, context, is_known=False)
+        if exchange.refusal is None:
+            exchange.close(UNKNOWN_METHOD[0])
+        return exchange.refusal or UNKNOWN_METHOD
+
+    def _parsed(self, request: Any) -> Any:
+        """The one message of a request, NOTHING if it can't be read; a stream as it is."""
+        if self._parse is None:
+            return request
+        try:
+            return self._parse(request)
+        except Exception as error:
+            log.info("a request to %s can't be parsed", shown(self._method), exc_info=error)
+            return NOTHING
+
+
+class _OneCall(_Passage):
+    """The same for one call, where something beside its handler has to find it: what counts its messages, or gRPC's own task."""
+
+    __slots__ = ("_exchange", "_is_ended")
+
+    _exchange: Exchange | None
+    _is_ended: bool
+
+    def __init__(self, *how: Any) -> None:
+        super().__init__(*how)
+        self._exchange = None
+        self._is_ended = False
+
+    def enter(self, context: Any) -> Exchange:
+        exchange = self._exchange = super().enter(context)
+        if self._is_ended:
+            exchange.gone()
+        return exchange
+
     def ended(self, task: object) -> None:
         """gRPC has done with the call; a thread may still be at it, or come to it later."""
         self._is_ended = True
         if self._exchange is not None:
             self._exchange.gone()
-
-    # --- messages
 
     def hearing(self, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
         """What parses the messages of a stream that comes in, and counts them."""
@@ -225,63 +255,6 @@ class _Passage:
             return message if write is None else write(message)
 
         return said
-
-    # --- in
-
-    async def _met_aio(self, context: Any) -> Exchange:
-        """The call as it was let in, after whatever it had to wait for; who is refused gets no further."""
-        exchange = self._enter(context)
-        if exchange.todo & ATTEND and exchange.refusal is None:
-            await exchange.attend()
-        if exchange.refusal is not None:
-            await context.abort(*exchange.refusal)
-        return exchange
-
-    def _met(self, context: Any) -> Exchange:
-        exchange = self._enter(context)
-        if exchange.refusal is None:
-            exchange.listen()
-            if self._is_ended:
-                exchange.gone()
-            if exchange.todo & ATTEND:
-                exchange.attend_blocking()
-        if exchange.refusal is not None:
-            _abort(context, *exchange.refusal)
-        return exchange
-
-    def _enter(self, context: Any) -> Exchange:
-        exchange = self._exchange = self._reception.enter(self._method, context)
-        exchange.received, exchange.answers = self.received, self.sent
-        return exchange
-
-    def _unknown(self, context: Any) -> tuple[Any, ...]:
-        """Whether a method exists is told only to who may ask."""
-        exchange = self._reception.enter(self._method, context, is_known=False)
-        if exchange.refusal is None:
-            exchange.close(UNKNOWN_METHOD[0])
-        return exchange.refusal or UNKNOWN_METHOD
-
-    def _parsed(self, request: Any, context: Any) -> Any:
-        if self._parse is None:
-            return request
-        try:
-            return self._parse(request)
-        except Exception as error:
-            unreadable(self._method, error)
-        context.abort(*UNREADABLE)
-
-    async def _parsed_aio(self, request: Any, context: Any) -> Any:
-        if self._parse is None:
-            return request
-        try:
-            return self._parse(request)
-        except Exception as error:
-            unreadable(self._method, error)
-        await context.abort(*UNREADABLE)
-
-
-def unreadable(method: str, error: Exception) -> None:
-    log.info("a request to %s can't be parsed", shown(method), exc_info=error)
 
 
 def _abort(context: Any, code: grpc.StatusCode, words: str, metadata: Any = None) -> None:
