@@ -39,7 +39,7 @@ help: ## what can be made
 .venv/built: pyproject.toml .venv/run $(RUST_FILES)
 	@echo "== native core (release; some minutes the first time)"
 	@PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/maturin develop --release --locked
-	@$(PIP) --no-deps --no-build-isolation -e integrations/aiohttp -e integrations/celery -e integrations/django -e integrations/fastapi -e integrations/flask -e integrations/redis -e integrations/requests -e integrations/spiffe
+	@$(PIP) --no-deps --no-build-isolation -e integrations/aiohttp -e integrations/celery -e integrations/consul -e integrations/django -e integrations/etcd -e integrations/fastapi -e integrations/flask -e integrations/redis -e integrations/requests -e integrations/spiffe
 	@touch $@
 
 build: .venv/built ## build the native core and install meshlib into .venv

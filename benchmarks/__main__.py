@@ -24,7 +24,20 @@ from .harness import Results, write_json
 from .peers import Peers
 from .table import print_goals, print_head, print_results
 
-SCRIPTS = ("client", "handshake", "memory", "decide", "guard", "simulate", "server", "grpc_calls", "start")
+SCRIPTS = (
+    "client",
+    "handshake",
+    "memory",
+    "decide",
+    "guard",
+    "discover",
+    "etcd",
+    "simulate",
+    "server",
+    "grpc_calls",
+    "agent",
+    "start",
+)
 # How long each mode is measured each time, unless its script says otherwise.
 SECONDS, BRIEF_SECONDS = 2.5, 0.1
 

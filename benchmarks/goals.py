@@ -95,6 +95,17 @@ def _swapped(case: str) -> list[Goal]:
     ]
 
 
+def _watched(case: str) -> list[Goal]:
+    """Microseconds of a pick, and milliseconds of all else, while endpoints change."""
+    most = {"p99_us": 20.0, "apply_ms": 50.0, "stall_ms": 5.0, "stale_ms": 100.0, "rss_mb": 50.0}
+    wanted = [
+        Goal(case, "meshlib", "", metric, AT_MOST, limit, script="discover", is_ratio=False) for metric, limit in most.items()
+    ]
+    # What the machine does to a loop that nobody disturbs.
+    told = [(mode, "first_us") for mode in ("meshlib", "still")] + [("still", "stall_ms")]
+    return [*wanted, *(Goal(case, mode, "", metric, AT_MOST, None, script="discover", is_ratio=False) for mode, metric in told)]
+
+
 def _judged(case: str) -> Goal:
     """Nanoseconds in which one request is authorised."""
     return Goal(case, "meshlib-rust", "", "ns", AT_MOST, 2000.0, script="decide", is_ratio=False)
@@ -107,6 +118,21 @@ def _small(case: str, most: float | None) -> list[Goal]:
 
 def _served(case: str, mode: str, peer: str, metric: str, relation: str, wanted: float | None) -> Goal:
     return Goal(case, mode, peer, metric, relation, wanted, script="server", is_ratio=bool(peer))
+
+
+def _delegated() -> list[Goal]:
+    """The node agent, against a pair of Envoys and against doing without; and what etcd tells, until a call uses it."""
+    return [
+        Goal("get/mtls/c=64", "meshlib-agent", "envoy-pair", "rps", AT_LEAST, 1.0, script="agent"),
+        Goal("get/mtls/c=64", "meshlib-agent", "envoy-pair", "cpu_us", AT_MOST, 1.0, script="agent"),
+        Goal("get/mtls/c=1", "meshlib-agent", "envoy-pair", "p50_us", AT_MOST, None, script="agent"),
+        Goal("5k-services", "meshlib", "envoy", "rss_mb", AT_MOST, 0.4, script="agent"),
+        Goal("5k-services", "meshlib-agent", "envoy", "rss_mb", AT_MOST, 0.4, script="agent"),
+        Goal("delegated/mtls/c=1", "meshlib-agent", "", "added_us", AT_MOST, 120.0, script="agent", is_ratio=False),
+        Goal("shared/mtls", "meshlib-agent", "meshlib", "connections", AT_MOST, 1 / 8, script="agent"),
+        Goal("shared-http1/mtls", "meshlib-agent", "meshlib", "connections", AT_MOST, None, script="agent"),
+        Goal("added/plain/c=1", "meshlib", "", "p99_us", AT_MOST, 20_000.0, script="etcd", is_ratio=False),
+    ]
 
 
 def _called(case: str, mode: str, peer: str, metric: str, relation: str, wanted: float | None) -> Goal:
@@ -135,6 +161,7 @@ GOALS: Final[tuple[Goal, ...]] = (
     *_grown({"random": 3.0, "least_request": 3.0, "peak_ewma": 3.0, "maglev": 3.0, "ring_hash": 6.0, "round_robin": 6.0}),
     *_swapped("swap/10k-routes"),
     *_swapped("swap/10k-endpoints"),
+    *_watched("watch/10k-endpoints/100-changes"),
     Goal("jwt/seen/RS256", "meshlib-rust", "", "ns", AT_MOST, 3000.0, script="decide", is_ratio=False),
     *(_judged(f"authorize/1000-rules{place}") for place in ("", "/first", "/middle", "/last", "/miss")),
     *_small("endpoint/peak_ewma", 200.0),
@@ -181,6 +208,7 @@ GOALS: Final[tuple[Goal, ...]] = (
     _called("unary-aio/mtls/c=64", "bare", "envoy-pair", "rps", AT_LEAST, None),
     _called("unary-aio/mtls/c=1", "bare", "envoy-pair", "p50_us", AT_MOST, None),
     _called("stream-aio/plain/c=1", "meshlib", "bare", "rps", AT_LEAST, 0.95),
+    *_delegated(),
     _called("chat-aio/plain/c=1", "meshlib", "bare", "rps", AT_LEAST, None),
     *(_called(f"served-{kind}/plain/c=64", "meshlib", "bare", "rps", AT_LEAST, 0.92) for kind in ("aio", "sync")),
     *(_called(f"served-{kind}/plain/c=64", "meshlib", "bare", "cpu_us", AT_MOST, None) for kind in ("aio", "sync")),

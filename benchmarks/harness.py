@@ -34,14 +34,18 @@ UNITS: Final = {
     "cpu_us": "us",
     "p50_us": "us",
     "p99_us": "us",
+    "first_us": "us",
     "ms": "ms",
     "ns": "ns",
     "rss_mb": "MB",
     "bytes": "B",
     "added_us": "us",
     "ratio": "1",
+    "connections": "1",
     "growth": "1",
     "most_us": "us",
+    # Of endpoints that change without end.
+    **dict.fromkeys(("apply_ms", "stall_ms", "stall_p99_ms", "stale_ms"), "ms"),
     # Of servers: what stands beside them.
     **dict.fromkeys(("client_us", "receiver_us"), "us"),
     "spans": "1",

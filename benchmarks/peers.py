@@ -239,17 +239,17 @@ class Peers:
         last = int(address.rpartition(":")[2])
         identity = f"spiffe://{TRUST_DOMAIN}/ns/default/sa/"
         for port, listener_tls, target, cluster_tls, is_http2 in (
-            (inbound, self._envoy_tls("orders", identity + "me", is_server=True), last, None, is_grpc),
-            (outbound, None, inbound, self._envoy_tls("me", identity + "orders", is_server=False), True),
+            (inbound, self.envoy_tls("orders", identity + "me", is_server=True), last, None, is_grpc),
+            (outbound, None, inbound, self.envoy_tls("me", identity + "orders", is_server=False), True),
         ):
             file = self.folder / f"envoy-{port}.json"
-            file.write_text(json.dumps(_envoy_config(port, listener_tls, target, cluster_tls, is_http2=is_http2)))
+            file.write_text(json.dumps(envoy_config(port, listener_tls, target, cluster_tls, is_http2=is_http2)))
             base = str(port)  # two Envoys with one base id share memory
             command = (envoy, "-c", str(file), "--base-id", base, "--concurrency", "1", "-l", "error")
             self._stack.enter_context(running(self.folder, *command, port=port))
         return f"127.0.0.1:{outbound}"
 
-    def _envoy_tls(self, service: str, peer: str, *, is_server: bool) -> dict[str, Any]:
+    def envoy_tls(self, service: str, peer: str, *, is_server: bool) -> dict[str, Any]:
         own = Path(self.identities) / service
         common = {
             "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
@@ -271,7 +271,7 @@ class Peers:
 _ENVOY: Final = "type.googleapis.com/envoy.extensions."
 
 
-def _envoy_config(
+def envoy_config(
     port: int, listener_tls: dict[str, Any] | None, target: int, cluster_tls: dict[str, Any] | None, *, is_http2: bool
 ) -> dict[str, Any]:
     """One listener, one cluster, which may speak HTTP/2. With what a sidecar does: a retry policy, no access log."""

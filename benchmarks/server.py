@@ -12,13 +12,10 @@ Server, collector and client share the machine. Only in `kept` the server has a 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import urllib.request
-from pathlib import Path
 from typing import Final
 
+from . import wrk
 from .harness import Comparison, Results, Run, in_process
 from .machine import cores, cpu_of, pin
 from .peers import ANSWER, Broken, Peers, program
@@ -41,13 +38,6 @@ MODES: Final = {
     "gunicorn-sync": ("meshlib", "meshlib-no-sdk", "bare", "otel"),
     "gunicorn": ("meshlib", "meshlib-no-sdk", "bare", "otel"),
 }
-_SCRIPT: Final = """
-done = function(summary, latency, requests)
-  local failed = summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.status + summary.errors.timeout
-  io.write(string.format('\\nRESULT {"calls":%d,"us":%d,"failed":%d,"p50":%f,"p99":%f}\\n',
-    summary.requests, summary.duration, failed, latency:percentile(50), latency:percentile(99)))
-end
-"""
 
 
 def runs(peers: Peers) -> list[Run]:
@@ -98,9 +88,7 @@ def _shares(results: Results, case: str, modes: tuple[str, ...], sides: dict[str
 
 def _ask(peers: Peers, what: str, mode: str, seconds: float) -> dict[str, float]:
     server, sample = WRK[what]
-    wrk = program("wrk", "Debian: wrk")
-    script = peers.folder / "wrk.lua"
-    script.write_text(_SCRIPT)
+    program("wrk", "Debian: wrk")
     # A sync worker keeps no connection, and says so; a client that knows it from the start waits for nothing.
     options = ["-H", "Connection: close"] if what == "gunicorn-sync" else []
     receiver = peers.receiver if is_traced(mode) else None
@@ -114,9 +102,9 @@ def _ask(peers: Peers, what: str, mode: str, seconds: float) -> dict[str, float]
         with urllib.request.urlopen(url, timeout=10) as answer:
             if answer.read() != ANSWER:
                 raise Broken("a wrong answer")
-        warm = _load(wrk, script, url, 1, options)
+        warm = wrk.load(peers, url, CONNECTIONS, 1, options)
         before, beside = cpu_of(served.pid), cpu_of(receiver.pid) if receiver else 0.0
-        said = _load(wrk, script, url, max(1, round(seconds)), options)
+        said = wrk.load(peers, url, CONNECTIONS, seconds, options)
         spent, beside = cpu_of(served.pid) - before, (cpu_of(receiver.pid) - beside) if receiver else 0.0
     calls = said["calls"]
     if not calls or said["failed"]:
@@ -128,25 +116,6 @@ def _ask(peers: Peers, what: str, mode: str, seconds: float) -> dict[str, float]
     each = (receiver.spans() - had) / (1 + warm["calls"] + calls)
     found |= {"receiver_us": beside / calls * 1e6, "spans": each}
     return found | {"dropped": max(0.0, 100 - 100 * each / SPANS.get(mode, 1))} if sample == 1.0 else found
-
-
-def _load(wrk: str, script: Path, url: str, seconds: int, options: list[str]) -> dict[str, float]:
-    command = [wrk, "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--latency", "-s", str(script), *options, url]
-    own = cores()
-    beside = set(own[:-1] or own)
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=seconds + 30,
-        check=False,
-        preexec_fn=lambda: os.sched_setaffinity(0, beside),  # nothing but this in the child
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        raise Broken(f"wrk: {(done.stderr or done.stdout)[-500:]}")
-    made: dict[str, float] = json.loads(found[0].removeprefix("RESULT "))
-    return made
 
 
 # --- mutual TLS

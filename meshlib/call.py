@@ -51,10 +51,12 @@ class Peer:
 class Call:
     """What the application asked once, with the story of how it went. Found at `response.extensions["meshlib.call"]`."""
 
-    __slots__ = ("_native", "fallback", "method", "target")
+    __slots__ = ("_native", "_trail", "fallback", "method", "target")
 
-    def __init__(self, native: core.Call, method: str, target: str) -> None:
+    def __init__(self, native: core.Call, method: str, target: str, trail: list[str] | None = None) -> None:
         self._native = native
+        # Who carried each attempt ("agent", or why it was this process), where calls are delegated to the node agent.
+        self._trail = trail
         self.method = method
         self.target = target
         # The word of what answered in its place: value, last_good or callable.
@@ -76,6 +78,8 @@ class Call:
     def record(self) -> dict[str, Any]:
         """The decisions in order, for programs: candidates, choices, verdicts, waits. Times in milliseconds since the beginning."""
         record = {**self._native.record(), "method": self.method, "path": self.target}
+        if self._trail is not None:
+            record["carried"] = list(self._trail)
         if self.fallback:
             record["fallback"] = self.fallback
         return record

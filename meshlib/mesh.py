@@ -8,7 +8,7 @@ no decision about a call: the engines do.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import logging
 import os
 import secrets
@@ -16,7 +16,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +23,7 @@ from . import errors
 from ._native import core
 from .call import deadline
 from .client.way import OutboundWay
+from .reload import LOOK, Reload, remember, tell
 
 if TYPE_CHECKING:
     import grpc
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
     from .admit.checks import Checker
     from .admit.inbound import InboundRates
     from .admit.limiter import Stores
+    from .client.delegated import Delegation
     from .client.function import Decorator
     from .client.guarded import Guard
     from .config import Config
     from .observe.edges import Alert
     from .observe.traffic import Recorder
     from .secure import IdentityStore
+    from .server.handed import Handed
     from .server.way import InboundWay
 
 log = logging.getLogger("meshlib.mesh")
 
-# Seconds between two looks at the files of the configuration: content is compared, no date is trusted. At those of the identity we look
-# twice as often, so that trust that was withdrawn is gone within a second.
-LOOK = 1.0
-# Seconds after which a configuration that could not be used is tried again unchanged.
-RETRY = 10.0
+# At the files of the identity we look twice as often as at those of the configuration, so that trust that was withdrawn is gone within a
+# second.
+TRUST_LOOK = LOOK / 2
 # Seconds between two lines in the record of calls.
 WRITE = 5.0
 
@@ -75,24 +75,23 @@ class Mesh:
         _ = errors.CircuitOpen
         self.config = config
         self.service = config.service
-        self.reloads = 0
-        self.reload_failures = 0
-        self._reload_error = ""
-        # The content with which a reload was tried last, and when the same may be tried again.
-        self._tried = "", 0.0
         self.keeper = shared()
+        self._reload = Reload(lambda: self.config, self._adopt)
         self._lock = threading.Lock()
-        self._reloading = threading.Lock()
         self._started_in: int | None = None
         self._is_ready = True
         self._listener: Any = None
         self._jobs: list[Any] = []
+        self._registering: Any = None  # that one of them which enters us in a registry
         # Those whose entrance is made again, after a fork or a reload.
         self.guards: weakref.WeakSet[Guard] = weakref.WeakSet()
         # The ways in that were made for applications of this process, and the rates that all processes count for them together.
         self.ways: weakref.WeakSet[InboundWay] = weakref.WeakSet()
         self.inbound_rates: InboundRates | None = None
         self._stores: Stores | None = None
+        # What goes by the agent of this node, and what comes in by it; None where nothing does.
+        self.delegation: Delegation | None = None
+        self.handed: Handed | None = None
         now = time.monotonic()
         self.engine = core.Engine(secrets.randbits(64))
         self.gate = core.Gate()
@@ -102,24 +101,31 @@ class Mesh:
         self.gate.publish(config.server_plan(), now)
         self.observer = Observer(service=config.service, sample=config.own.observe.sample)
         self.outbound = OutboundWay(self.engine, self.trust.identity, self.observer)
-        from .discover import Directory
+        from .discover import Directory, Registrar
 
         self._use(config)
         self._limit(config)()
         self.directory = Directory(self.engine, self.keeper)
+        self.registrar = Registrar(self.keeper, self.directory.registries)
+        # Where it listens, if not where the configuration says; and whether it serves gRPC by a port of ours.
+        self._listen = ""
+        self._has_grpc = False
+        self._leaves = False
         self.directory.follow(config)
         self._checker: Checker | None = None
         self._check(config)
         self.watch = Watch(self)
         self._recorder = _recorder_of(config)
-        _tell(config)
+        remember(config)
+        tell(config)
         _meshes.add(self)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | None = None, *, service: str | None = None, zone: str | None = None) -> Mesh:
         """Read the configuration, prove who we are, and find the endpoints that can be found at once.
 
-        `source` is a file, by default $MESHLIB_CONFIG and then ./mesh.yaml; `service` says which of its services this process is,
+        `source` is a file, or the URL of a configuration in a registry (`meshlib.config.source`), by default $MESHLIB_CONFIG and
+        then ./mesh.yaml; `service` says which of its services this process is,
         by default $MESHLIB_SERVICE; `zone` says where it runs, by default $MESHLIB_ZONE, and "" is nowhere in particular.
         Raises `ConfigError` with every mistake at once, or `IdentityError`.
         """
@@ -139,9 +145,11 @@ class Mesh:
             self._is_ready = True
         if not is_forked:
             # In a forked child they are still the keeper's; only its thread stayed with the parent.
+            self._registering = self.keeper.every(LOOK, self._register, name="register", first=0.0)
             self._jobs = [
-                self.keeper.every(LOOK, self._look_at_config, name="reload"),
-                self.keeper.every(LOOK / 2, self.trust.look, name="rotate"),
+                self._registering,
+                self.keeper.every(LOOK, self._reload.look, name="reload"),
+                self.keeper.every(TRUST_LOOK, self.trust.look, name="rotate"),
                 self.keeper.every(LOOK, self._look_at_connections, name="sweep"),
                 self.keeper.every(LOOK, self._tend, name="tend"),
                 self.keeper.every(LOOK, self._end, name="drain"),
@@ -150,6 +158,7 @@ class Mesh:
                 *self.trust.jobs(),
                 *self.directory.jobs(),
                 *(self._checker.jobs() if self._checker is not None else ()),
+                *self._agent_jobs(),
             ]
             for name in self.trust.missing():
                 log.error(
@@ -184,25 +193,17 @@ class Mesh:
 
         What can't be used changes nothing: the old configuration keeps serving, and the error is raised (and counted).
         """
-        from .config import load
+        return self._reload.now()
 
-        with self._reloading:
-            try:
-                fresh = load(self.config.file, service=self.service, zone=self.config.zone)
-                if fresh.source != self.config.source:
-                    self._adopt(fresh)
-                elif self._reload_error:
-                    log.info("configuration %s can be used again", fresh.file)
-            except errors.MeshError:
-                self.reload_failures += 1
-                raise
-            self._reload_error = ""
-            if fresh is not self.config:
-                return False
-            self.reloads += 1
-        _tell(fresh)
-        log.info("configuration %s is in force", fresh.file)
-        return True
+    @property
+    def reloads(self) -> int:
+        """Configurations taken into use after the first."""
+        return self._reload.taken
+
+    @property
+    def reload_failures(self) -> int:
+        """Configurations that could not be used."""
+        return self._reload.failures
 
     def drain(self) -> None:
         """Take no new work: readiness goes false, registries are told, and servers of the mesh end when what is under way has ended."""
@@ -230,6 +231,17 @@ class Mesh:
     def close(self) -> None:
         """End the keeper's work for this mesh. Clients made by it close their own connections."""
         with self._lock:
+            registering, self._registering = self._registering, None
+        if registering is not None:
+            # First: while the entry is taken out it would make another one.
+            registering.cancel()
+            is_entering = self.config.own.register is not None and self.keeper.is_running
+            if is_entering or self.registrar.instance is not None:
+                from .discover.registration import LEAVE
+
+                with contextlib.suppress(TimeoutError):
+                    self.keeper.run(self.registrar.leave()).result(LEAVE)
+        with self._lock:
             for job in self._jobs:
                 job.cancel()
             self._jobs = []
@@ -237,6 +249,7 @@ class Mesh:
             if self._listener is not None:
                 self._listener.stop()
                 self._listener = None
+        self._reload.rest()
         self.trust.rest()
         self._record()
 
@@ -269,45 +282,52 @@ class Mesh:
         `trust_env` and `http1` are about hosts outside the mesh, `http2` about both. `mounts` take calls from the mesh where they
         match, and a `transport` of your own takes all, as httpx documents. With ``httpx=httpx2`` it is a client of that module.
         """
-        from .client.http import faces
+        from .client.http import faces, httpx_of, laid_out
 
-        module = _httpx(httpx)
+        module = httpx_of(httpx)
         made: AsyncClient
         if options.get("transport") is not None:
             made = module.AsyncClient(**options)
         else:
-            network, rest = _laid_out(options)
+            network, rest = laid_out(options)
             made = faces(module).AsyncClient(self.outbound, self.transport(httpx=module, **network), **rest)
         return made
 
     def sync_client(self, *, httpx: ModuleType | None = None, **options: Any) -> Client:
         """The same as an `httpx.Client`, for threads."""
-        from .client.http import faces
+        from .client.http import faces, httpx_of, laid_out
 
-        module = _httpx(httpx)
+        module = httpx_of(httpx)
         made: Client
         if options.get("transport") is not None:
             made = module.Client(**options)
         else:
-            network, rest = _laid_out(options)
+            network, rest = laid_out(options)
             made = faces(module).Client(self.outbound, self.sync_transport(httpx=module, **network), **rest)
         return made
 
     def transport(self, *, httpx: ModuleType | None = None, **network: Any) -> AsyncBaseTransport:
         """The mesh as a transport, for an `httpx.AsyncClient` of your own; `network` as `client` takes it."""
-        from .client.http import faces
+        from .client.http import faces, httpx_of
 
         self.start()
-        made: AsyncBaseTransport = faces(_httpx(httpx)).AsyncTransport(self.outbound, **network)
+        made: AsyncBaseTransport = faces(httpx_of(httpx)).AsyncTransport(self.outbound, **network)
         return made
 
     def sync_transport(self, *, httpx: ModuleType | None = None, **network: Any) -> BaseTransport:
         """The mesh as a transport, for an `httpx.Client` of your own."""
-        from .client.http import faces
+        from .client.http import faces, httpx_of
 
         self.start()
-        made: BaseTransport = faces(_httpx(httpx)).Transport(self.outbound, **network)
+        made: BaseTransport = faces(httpx_of(httpx)).Transport(self.outbound, **network)
         return made
+
+    def confirm(self, service: str) -> bool:
+        """Believe what a registry or DNS says of a service, though it takes away more than half of its endpoints.
+
+        Without that it is held back for five minutes (`meshlib_discover_held`); False if nothing is.
+        """
+        return self.directory.confirm(service)
 
     def service_of(self, host: str) -> str | None:
         """The Service that the host of a URL names; None for a host outside the mesh."""
@@ -447,6 +467,7 @@ class Mesh:
 
         if listen is None and port is not None:
             listen = f"0.0.0.0:{port}"
+        self._listen = listen or ""
         serve(self, app, listen=listen, workers=workers, threads=threads)
 
     def grpc_server_interceptors(self) -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
@@ -468,7 +489,9 @@ class Mesh:
         """
         from .server.grpc import add_port
 
-        return add_port(self.start(), server, address, plain=plain)
+        port = add_port(self.start(), server, address, plain=plain)
+        self._has_grpc, self._listen = True, f"{address.rpartition(':')[0]}:{port}"
+        return port
 
     def add_grpc_health(self, server: Any, *names: str) -> None:
         """Answer gRPC's health checks: SERVING until the process begins to end. `names` are known beside "" and the service's own."""
@@ -493,27 +516,27 @@ class Mesh:
 
     # --- the keeper's work
 
-    async def _look_at_config(self) -> None:
-        """Take a file that has changed. Apart from the keeper's loop: a new source of identity may take its time to answer."""
-        digest, now = _digest_of(self.config.file), time.monotonic()
-        if digest == self.config.source and not self._reload_error:
-            return
-        if self._reload_error and digest == self._tried[0] and now < self._tried[1]:
-            # It failed as it is; what it needs beside it may come about, and is asked for less often.
-            return
-        self._tried = digest, now + RETRY
-        from .keeper import apart
+    async def _register(self) -> None:
+        """While this process serves, it is entered in the registry that its service names."""
+        from .discover import instance_of
+        from .server.drain import drain_of
 
-        await apart(self._reload_or_tell, "meshlib-reload")
-
-    def _reload_or_tell(self) -> None:
-        try:
-            self.reload()
-        except errors.MeshError as error:
-            # Looked at each second: told once, and again when it becomes another mistake.
-            if str(error) != self._reload_error:
-                self._reload_error = str(error)
-                log.error("the changed configuration can't be used, the old one stays in force:\n%s", error)
+        own, drain = self.config.own, drain_of(self)
+        if own.register is None:
+            await self.registrar.leave()
+        elif drain.is_serving and (self._has_grpc or any(not way.is_asleep for way in tuple(self.ways))):
+            if not self._leaves:
+                self._leaves = True
+                drain.on_leave(self.registrar.leave)
+            instance = instance_of(
+                own.name,
+                self._listen or own.listen or "",
+                address=own.register.address,
+                zone=self.config.zone,
+                protocol=own.protocol,
+                settings=own.register.settings,
+            )
+            await self.registrar.keep(instance, own.register.registry, own.register.settings)
 
     def _tend(self) -> None:
         self.engine.tend(time.monotonic())
@@ -560,6 +583,8 @@ class Mesh:
         self._use(fresh)
         limit()
         before, after = self.config.own, fresh.own
+        if self._started_in is not None:
+            self._jobs += [job for job in self._agent_jobs() if job not in self._jobs]
         self.config = fresh
         if (before.listen, before.inbound.public, before.inbound.probe) != (
             after.listen,
@@ -580,6 +605,30 @@ class Mesh:
         self.observer.use(config)
         self.outbound.egress = EgressRules.of(config)
         self.outbound.is_by_peer = any(service.is_by_peer for service in config.services.values())
+        self._delegate(config)
+
+    def _delegate(self, config: Config) -> None:
+        """What goes and comes by the agent of this node, if anything does."""
+        if config.agent is not None and self.delegation is None:
+            from .client.delegated import Delegation
+
+            self.delegation = Delegation(self.keeper, self.outbound.ledger)
+        delegation, handed = self.delegation, self.handed
+        if delegation is not None:
+            delegation.follow(config)
+            if config.own.inbound.agent and handed is None:
+                from .server.handed import Handed
+
+                handed = Handed(self.keeper, delegation.watch.ask)
+                handed.on_proved = lambda address, peer: self.watch.proved(address, peer)  # noqa: PLW0108  made later
+        self.outbound.delegation = delegation if delegation is not None and delegation.services else None
+        self.handed = handed if config.own.inbound.agent else None
+        for way in tuple(self.ways):
+            way.agent = self.handed
+
+    def _agent_jobs(self) -> list[Any]:
+        jobs = [] if self.outbound.delegation is None else [self.outbound.delegation.job()]
+        return jobs if self.handed is None else [*jobs, self.handed.job()]
 
     def _check(self, config: Config) -> None:
         """Ask endpoints how they are, where a configuration wants that."""
@@ -631,8 +680,13 @@ class Mesh:
         self.engine.reseed(secrets.randbits(64))
         self.gate.reset()
         self.outbound.ledger.forget()
-        self._lock, self._reloading = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        self._reload.after_fork()
         self.trust.after_fork()
+        if self.delegation is not None:
+            self.delegation.after_fork()
+        if self.handed is not None:
+            self.handed.after_fork()
 
     def _renew_guards(self) -> None:
         for guard in tuple(self.guards):
@@ -647,24 +701,6 @@ class Mesh:
     def __repr__(self) -> str:
         serial = self.identity.current.serial if self.identity is not None and self.identity.current is not None else None
         return f"<Mesh {self.config.name} service={self.service} mode={self.config.own.mode} certificate={serial}>"
-
-
-def _httpx(module: ModuleType | None) -> ModuleType:
-    if module is None:
-        import httpx
-
-        return httpx
-    return module
-
-
-def _laid_out(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A client's options: those of its transport, and those of httpx's own constructor."""
-    from .client.http import NETWORK
-
-    network = {name: options[name] for name in NETWORK if name in options}
-    rest = {name: value for name, value in options.items() if name not in {*NETWORK, "transport"}}
-    # httpx's own look at the environment can't find a proxy for a Service, since a transport is given: egress looks there itself.
-    return network, {**rest, "trust_env": network.get("trust_env", True)}
 
 
 # Those of this process; a mesh that nobody holds any more is not kept alive for the sake of a fork.
@@ -694,21 +730,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_let_go, after_in_child=_after_fork)
-
-
-def _tell(config: Config) -> None:
-    """What is allowed, but inert or dangerous, is said once per configuration, by the process that it concerns."""
-    for warning in config.warnings:
-        if not warning.key.startswith("services.") or warning.key.startswith(f"services.{config.service}."):
-            log.warning("%s", warning)
-
-
-def _digest_of(file: Path) -> str:
-    """As a configuration tells its own; "" for a file that can't be read."""
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 def _recorder_of(config: Config) -> Recorder | None:

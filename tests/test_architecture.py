@@ -27,11 +27,12 @@ TIERS = {
     **dict.fromkeys(PHASES, 3),
     "client": 4,
     "server": 4,
+    "reload": 4,
     "mesh": 5,
     "__init__": 6,
     "testing": 7,
     "agent": 7,
-    "cli": 7,
+    "cli": 8,  # `meshlib agent run` runs the agent
 }
 # A Call carries its record as data; putting it into words is observe's, and is asked for only when a person wants to read.
 REACHES_UP = {("call.py", "meshlib.observe.explain.explain")}
@@ -45,6 +46,10 @@ EXTRAS = {
     "h11": {"server/head.py", "secure/authority_server.py"},  # comes with httpx and with uvicorn
     "httptools": {"server/head.py"},
     "rich": {"cli"},
+    "h2": {"agent"},
+    "hyperframe": {"agent"},
+    "google": {"agent"},  # protobuf
+    "dns": {"discover/srv.py"},  # dnspython
 }
 
 
@@ -148,6 +153,12 @@ def test_core_and_wire_know_no_python_and_no_runtime() -> None:
     workspace = tomllib.loads((PACKAGE / "_native" / "Cargo.toml").read_text())["workspace"]["dependencies"]
     assert workspace["tokio"] == {"version": "1", "default-features": False}
     assert crate("wire")["dependencies"]["tokio"] == {"workspace": True}  # type: ignore[index]
+    # Of all crates only the proxy asks for a runtime, and for no more of it than one thread, sockets and timers.
+    runtime = crate("proxy")["dependencies"]["tokio"]  # type: ignore[index]
+    assert set(runtime.pop("features")) == {"rt", "net", "time", "sync", "io-util"}
+    assert runtime == {"workspace": True}
+    assert set(crate("binding")["dependencies"]) & {"tokio", "hyper", "h2"} == set()  # type: ignore[call-overload]
+    assert set(crate("proxy")["dependencies"]) & {"pyo3", "mesh-core", "mesh-binding"} == set()  # type: ignore[call-overload]
     assert "mesh-wire" not in crate("core")["dependencies"]  # type: ignore[operator]
 
 

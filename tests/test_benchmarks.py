@@ -15,7 +15,22 @@ from typing import Any
 
 import pytest
 
-from benchmarks import client, decide, grpc_calls, grpc_peers, guard, handshake, memory, native, receiver, server, swap
+from benchmarks import (
+    agent,
+    client,
+    decide,
+    discover,
+    etcd,
+    grpc_calls,
+    grpc_peers,
+    guard,
+    handshake,
+    memory,
+    native,
+    receiver,
+    server,
+    swap,
+)
 from benchmarks.goals import GOALS, Goal, judged
 from benchmarks.harness import Comparison, Results, Run, in_process, in_processes, write_json
 from benchmarks.machine import clock_of
@@ -144,6 +159,47 @@ def examples() -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("examples")
+@pytest.mark.parametrize("mode", ["meshlib-agent", "envoy-pair"])
+def test_agent_measures_two_agents_and_two_envoys(tmp_path: Path, mode: str) -> None:
+    """Under wrk, over mutual TLS and HTTP/2, with nginx behind a UNIX socket."""
+    rows = measure(tmp_path, "agent", "--case", "get/mtls/c=64", "--mode", mode)
+    check(rows, {("get/mtls/c=64", mode): {"rps", "cpu_us", "p50_us", "p99_us"}})
+
+
+def test_agent_measures_what_delegation_costs_and_saves(tmp_path: Path) -> None:
+    """By a real agent: a call beside one without it, and the connections of eight workers."""
+    rows = measure(tmp_path, "agent", "--case", "delegated/*", "--case", "shared/mtls")
+    found = {(row["case"], row["mode"], row["metric"]): row["value"] for row in rows}
+    assert set(found) == {
+        ("delegated/mtls/c=1", "meshlib-agent", "p50_us"),
+        ("delegated/mtls/c=1", "meshlib-agent", "added_us"),
+        ("shared/mtls", "meshlib", "connections"),
+        ("shared/mtls", "meshlib-agent", "connections"),
+    }
+    # This is no speed: it is what sharing means.
+    assert (found["shared/mtls", "meshlib", "connections"], found["shared/mtls", "meshlib-agent", "connections"]) == (400, 50)
+
+
+def test_etcd_measures_how_soon_a_change_is_used(tmp_path: Path) -> None:
+    """Beside a bare watcher of the same etcd."""
+    rows = measure(tmp_path, "etcd", "--seconds", "3")
+    assert {(row["case"], row["mode"]) for row in rows} == {
+        ("change/plain/c=1", "meshlib"),
+        ("change/plain/c=1", "etcd"),
+        ("added/plain/c=1", "meshlib"),
+    }
+
+
+def test_discover_measures_endpoints_that_change(tmp_path: Path) -> None:
+    """Picks, the loop, and what the endpoints hold; without changes nothing was applied."""
+    rows = measure(tmp_path, "discover", "--seconds", "1")
+    found = {(row["mode"], row["metric"]): row["value"] for row in rows}
+    assert {metric for _, metric in found} >= {"p50_us", "p99_us", "first_us", "apply_ms", "stall_ms", "stale_ms", "rss_mb"}
+    assert found["meshlib", "apply_ms"] > 0.0
+    assert found["still", "apply_ms"] == 0.0
+    assert 1.0 < found["meshlib", "rss_mb"] < 50.0
+
+
 def test_decide_measures_the_engine_alone(tmp_path: Path) -> None:
     """A call, what it grows by, and a swap, without Python."""
     cases = ("call/1-route-10-endpoints", "growth/maglev/1k-endpoints", "swap/10k-endpoints")
@@ -475,6 +531,9 @@ def test_both_sides_of_every_goal_are_measured(tmp_path: Path) -> None:
             "memory": memory.runs(peers),
             "guard": guard.runs(peers),
             "decide": decide.runs(peers),
+            "discover": discover.runs(peers),
+            "agent": agent.runs(peers),
+            "etcd": etcd.runs(peers),
             "server": server.runs(peers),
             "grpc_calls": grpc_calls.runs(peers),
         }
@@ -482,7 +541,17 @@ def test_both_sides_of_every_goal_are_measured(tmp_path: Path) -> None:
     wanted = {(each.script, *side) for each in GOALS for side in (each.ours, each.theirs)}
     assert wanted - keys == set()
     # What isn't about the outbound path is judged where its own script is run.
-    assert {each.script for each in GOALS} <= {"client", *client.WITH, "guard", "decide", "server", "grpc_calls"}
+    assert {each.script for each in GOALS} <= {
+        "client",
+        *client.WITH,
+        "guard",
+        "decide",
+        "discover",
+        "server",
+        "grpc_calls",
+        "agent",
+        "etcd",
+    }
 
 
 # --- processes

@@ -76,6 +76,15 @@ def test_no_call_of_the_mesh_is_lost_or_done_twice_while_a_process_is_killed(tmp
         assert told in text
 
 
+def test_by_a_node_agent_the_result_is_the_same(tmp_path: Path) -> None:
+    """It issues the identities, makes the calls, and is restarted under them."""
+    status, text, result = ended(start(tmp_path, DEMO_AGENT="1"), tmp_path)
+    assert (status, result["failed"], result["lost"], result["duplicates"]) == (0, 0, 0, 0), text
+    assert (result["mtls_share"], result["rotations"], result["ejections"] >= 1) == (1.0, 1, True), text
+    # Two of three attempts at least: meanwhile it is away for some seconds.
+    assert result["by_agent"] >= result["calls"], text
+
+
 def test_with_retries_switched_off_calls_are_lost(tmp_path: Path) -> None:
     """The same demo with `retry: {attempts: 0}`: if this passed without a failure, the demo would prove nothing."""
     status, text, result = ended(start(tmp_path, DEMO_RETRY="0"), tmp_path)

@@ -81,7 +81,7 @@ async def test_a_bad_reload_keeps_the_old_configuration_serving(tmp_path: Path, 
                 with pytest.raises(meshlib.ConfigError):
                     mesh.reload()
                 with caplog.at_level(logging.ERROR):
-                    await mesh._look_at_config()
+                    await mesh._reload.look()
                 assert "old one stays in force" in caplog.text
                 assert mesh.reload_failures >= 2
                 assert (await http.get("http://orders/")).status_code == 200

@@ -21,8 +21,8 @@ def test_the_mesh_offers_what_the_readme_shows() -> None:
     """The reviewed list of what hangs on a Mesh: a change here is a change of the public face."""
     public = sorted(name for name, _ in inspect.getmembers(meshlib.Mesh) if not name.startswith("_"))
     assert public == [
-        "add_grpc_health", "add_grpc_port", "asgi", "authorizer", "client", "close", "deadline", "drain", "fallbacks", "grpc_channel", "grpc_client_interceptors",
-        "grpc_server_interceptors", "guard", "identity", "is_ready", "leave", "leaving", "load", "metrics", "metrics_port", "on_alert", "on_drain", "reload", "serve", "serve_grpc", "service_of", "start", "sync_client", "sync_grpc_channel", "sync_grpc_client_interceptors",
+        "add_grpc_health", "add_grpc_port", "asgi", "authorizer", "client", "close", "confirm", "deadline", "drain", "fallbacks", "grpc_channel", "grpc_client_interceptors",
+        "grpc_server_interceptors", "guard", "identity", "is_ready", "leave", "leaving", "load", "metrics", "metrics_port", "on_alert", "on_drain", "reload", "reload_failures", "reloads", "serve", "serve_grpc", "service_of", "start", "sync_client", "sync_grpc_channel", "sync_grpc_client_interceptors",
         "sync_grpc_server_interceptors", "sync_serve_grpc", "sync_transport", "transport", "wsgi",
     ]  # fmt: skip
 

@@ -55,7 +55,7 @@ SECTION = re.compile(r"^secure: .*$", re.MULTILINE)
 # Commands that lead here, that make's environment answers, or that a test of their own runs.
 ELSEWHERE = (
     *("cd meshlib", ". .venv/bin/activate", "meshlib serve orders:app", "python storefront.py", "meshlib dev -- bash"),
-    *("meshlib ca serve ./ca", "maturin build"),
+    *("meshlib ca serve ./ca", "maturin build", "meshlib agent run", "meshlib agent status"),
 )
 # What the rungs of the ladder mean: who the service sees when the caller of the mesh calls, and what a plain caller gets.
 LADDER = (("", 200), ("", 200), ("storefront", 200), ("storefront", 400))
@@ -386,13 +386,14 @@ def test_every_configuration_passes_vet(tmp_path: Path, capsys: pytest.CaptureFi
     told = capsys.readouterr()
     warnings = [line for line in (told.out + told.err).splitlines() if line.startswith("warning")]
     assert [line for line in warnings if "secure.mode: observe" not in line] == []
-    for name in ("enrolled.yaml", "rules.yaml", "egress.yaml"):
+    for name in ("enrolled.yaml", "rules.yaml", "egress.yaml", "registries.yaml", "agent.yaml"):
         file = tmp_path / name
         file.write_text(block(name))
         assert cli.main(["vet", str(file)]) == 0, capsys.readouterr().out
     # Those of serving are run in test_readme_inbound.py, and two of them are not ours to judge.
     serving = ["serving.yaml", "deployment.yaml", "compose.yaml"]
     known = ["mesh.yaml", "broken.yaml", "policies.yaml", *serving, "enrolled.yaml", "rules.yaml", "egress.yaml"]
+    known += ["registries.yaml", "agent.yaml"]
     assert [each.title for each in BLOCKS if each.language == "yaml"] == known
 
 
@@ -453,7 +454,7 @@ def test_names_in_the_text_exist() -> None:
     assert set(re.findall(r"`meshlib ([a-z]+)", README)) <= {name for name, _ in cli.COMMANDS}
     assert set(re.findall(r"`(meshlib_\w+)`", README)) <= {metric.name for metric in names.METRICS}
     assert set(re.findall(r"\bmesh\.([a-z_]+)\(", README)) <= {name for name, _ in inspect.getmembers(meshlib.Mesh)}
-    modules = {"server", "testing", "identity"}  # an import string for uvicorn, a package, a group of entry points
+    modules = {"server", "testing", "identity", "resolver"}  # an import string for uvicorn, a package, groups of entry points
     assert set(re.findall(r"\bmeshlib\.([A-Za-z]+)[(`.]", README)) <= {*meshlib.__all__, *modules}
 
 

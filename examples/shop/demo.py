@@ -11,7 +11,8 @@ Is it fair? Both sides call the same processes at the same rate, and the service
 once. The mesh sends the key, since its retries of a POST count on it; by_hand.py doesn't, since nothing in its
 libraries asks for one, and it has switches (DEMO_PEER_KEY, DEMO_PEER_OTHER) that make it better. The mesh's calls
 have the longer way, by storefront and inventory. And it can fail: with DEMO_RETRY=0 the mesh repeats nothing, and
-calls are lost.
+calls are lost. With DEMO_AGENT=1 a node agent issues the identities and makes the calls of all services; it is restarted
+in part b, and the result has to be the same.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from examples.shop.shop import LISTENERS, Shop, server_name
 
 RATE = float(os.environ.get("DEMO_RATE", "80"))
 RETRY = int(os.environ.get("DEMO_RETRY", "1"))
+HAS_AGENT = os.environ.get("DEMO_AGENT") == "1"
 
 # For each part the seconds that it needs at least, and its share of what there is.
 LEAST = {"a": 3.0, "b": 12.0, "c": 3.0, "d": 6.0, "e": 1.0}
@@ -139,6 +141,8 @@ class Demo:
             await victim.ready()
             self.screen.say("b", "it is started again")
             await self.until_used_again()
+            if self.shop.has_agent:
+                await self.restart_agent()
             if time.monotonic() + LAP_SECONDS > end:
                 break
         await asyncio.sleep(1.0)
@@ -153,6 +157,22 @@ class Demo:
                 f"{label + ':':8} {s.calls} calls, {s.failed} failed, {side.twice} orders executed twice, "
                 f"{s.slow} over 200 ms, p99 {ms(s.p99)}",
             )
+
+    async def restart_agent(self) -> None:
+        """Stop the node agent as an upgrade does, and start it again. The calls go on in the processes meanwhile."""
+        agent = self.shop.fleet.processes["agent"]
+        agent.signal(signal.SIGTERM)
+        while agent.is_running:
+            await asyncio.sleep(0.05)
+        self.screen.say("b", "the node agent has been stopped (SIGTERM): the processes make their calls themselves")
+        await asyncio.sleep(1.0)
+        before = self.shop.meters.by_agent()
+        agent.start()
+        await agent.ready()
+        began = time.monotonic()
+        while self.shop.meters.by_agent() <= before and time.monotonic() < began + 8:
+            await asyncio.sleep(0.1)
+        self.screen.say("b", f"it is started again; calls go by it again after {time.monotonic() - began:.1f} s")
 
     async def until_used_again(self) -> None:
         """Wait until no breaker is open any more on either side, and tell how long each side took; 8 s at most."""
@@ -248,6 +268,7 @@ class Demo:
             "mtls_share": self.shop.meters.mtls_share(),
             "ejections": self.shop.meters.ejections(),
             "rotations": self.rotations,
+            **({"by_agent": self.shop.meters.by_agent()} if self.shop.has_agent else {}),
             "p50_ms": round(mesh.p50 * 1000, 1),
             "p99_ms": round(mesh.p99 * 1000, 1),
             "peer_p50_ms": round(hand.p50 * 1000, 1),
@@ -257,7 +278,7 @@ class Demo:
 
 def is_well(result: dict[str, Any]) -> bool:
     none = ("failed", "duplicates", "lost")
-    some = ("calls", "ejections", "rotations", "refused_as_intended")
+    some = ("calls", "ejections", "rotations", "refused_as_intended", *(("by_agent",) if HAS_AGENT else ()))
     return all(result[name] == 0 for name in none) and all(result[name] >= 1 for name in some) and result["mtls_share"] == 1.0
 
 
@@ -282,7 +303,7 @@ async def main(seconds: float) -> int:
     """Run the demo; the exit status. Ctrl-C and errors end it as time does: with a report, and nothing left behind."""
     problems: list[str] = []
     with tempfile.TemporaryDirectory(prefix="meshlib-demo-") as name, Fleet(Path(name)) as fleet:
-        demo = Demo(Shop(Path(name), fleet, RATE, RETRY), seconds)
+        demo = Demo(Shop(Path(name), fleet, RATE, RETRY, has_agent=HAS_AGENT), seconds)
         script = asyncio.create_task(demo.run())
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, script.cancel)

@@ -112,6 +112,10 @@ class Meters:
             if any(metric == "meshlib_secure_rotations_total" for metric, _ in meter.now)
         }
 
+    def by_agent(self) -> int:
+        """Attempts that the node agent made."""
+        return int(sum(sum_of(meter.total(), "meshlib_admit_delegated_total", by="agent") for meter in self.of.values()))
+
     def open_breakers(self) -> int:
         now = self.of["storefront"].now
         return sum(value > 0 for _, value in chosen(now, "meshlib_admit_breaker_state"))

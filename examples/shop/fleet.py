@@ -19,7 +19,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -85,12 +85,11 @@ class Process:
 
     async def ready(self) -> None:
         """Wait until the port answers; raise with the end of its log if the process has ended."""
-        host, _, port = self.address.rpartition(":")
         give_up = time.monotonic() + START_SECONDS
         while True:
             if not self.is_running or time.monotonic() > give_up:
                 raise RuntimeError(f"{self.name} did not start; its last words:\n{self.last_words()}")
-            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=0.2):
+            with contextlib.suppress(OSError), connected(self.address):
                 return
             await asyncio.sleep(0.05)
 
@@ -124,6 +123,21 @@ class Fleet:
             process.kill()
 
 
+def connected(address: str) -> socket.socket:
+    """A connection to host:port, or to the path of a UNIX socket. Raises OSError."""
+    if not address.startswith("/"):
+        host, _, port = address.rpartition(":")
+        return socket.create_connection((host, int(port)), timeout=0.2)
+    plug = socket.socket(socket.AF_UNIX)
+    try:
+        plug.settimeout(0.2)
+        plug.connect(address)
+    except OSError:
+        plug.close()
+        raise
+    return plug
+
+
 def free_addresses() -> Iterator[str]:
     """Loopback addresses that nobody listens on, each named once."""
     for port in random.sample(range(20_000, 32_000), 12_000):
@@ -135,10 +149,17 @@ def free_addresses() -> Iterator[str]:
         yield f"127.0.0.1:{port}"
 
 
-def write_mesh_yaml(folder: Path, addresses: Mapping[str, str], retry: int) -> Path:
+def write_mesh_yaml(folder: Path, addresses: Mapping[str, str], retry: int, *, services_of_agent: Sequence[str] = ()) -> Path:
+    """The shop's mesh.yaml. With `services_of_agent` they get their identities from a node agent, which makes their calls."""
     path = folder / "mesh.yaml"
     template = string.Template((HERE / "mesh.yaml.in").read_text())
-    path.write_text(template.substitute(addresses, retry=retry))
+    agent = (HERE / "agent.yaml.in").read_text() if services_of_agent else ""
+    entries = "\n".join(f"    - {{service: {service}, uid: {os.geteuid()}}}" for service in services_of_agent)
+    values = {
+        "identity": "{agent: true}" if services_of_agent else "{folder: ./identities}",
+        "agent": string.Template(agent).substitute(folder=folder, entries=entries).rstrip(),
+    }
+    path.write_text(template.substitute(addresses, retry=retry, **values))
     return path
 
 

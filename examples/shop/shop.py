@@ -1,7 +1,7 @@
 """What is the shop made of, and how is it asked about itself?
 
-Six listening processes, two loads, a certificate authority, one mesh.yaml and one database, all in one folder. It is
-built here and nothing is started; what happens to it is the demo's business. What it tells comes from outside:
+Six listening processes, two loads, a certificate authority, one mesh.yaml and one database, all in one folder; a node
+agent, if the demo is to run by one. It is built here and nothing is started; what happens to it is the demo's business. What it tells comes from outside:
 answers to calls, certificates on the wire, lines of logs, rows of the database.
 """
 
@@ -25,13 +25,14 @@ from meshlib.secure.ca import CertificateAuthority
 TRUST_DOMAIN = "shop.internal"
 SERVICES = ("storefront", "orders", "inventory", "shopper", "newsletter", "by-hand")
 LISTENERS = ("storefront", "orders-a", "orders-b", "orders-c", "inventory-a", "inventory-b")
+MESHLIB = str(Path(sys.executable).with_name("meshlib"))
 VERSIONS = {"orders-a": "v1", "orders-b": "v1", "orders-c": "v2"}
 
 
 class Shop:
     """Every file and process of the shop."""
 
-    def __init__(self, folder: Path, fleet: Fleet, rate: float, retry: int) -> None:
+    def __init__(self, folder: Path, fleet: Fleet, rate: float, retry: int, *, has_agent: bool = False) -> None:
         self.folder, self.fleet = folder, fleet
         self.identities = folder / "identities"
         self.database = folder / "orders.sqlite"
@@ -41,7 +42,11 @@ class Shop:
             self.ca.write(service, self.identities)
         ports = free_addresses()
         addresses = {name: next(ports) for name in LISTENERS}
-        write_mesh_yaml(folder, {name.replace("-", "_"): address for name, address in addresses.items()}, retry)
+        named = {name.replace("-", "_"): address for name, address in addresses.items()}
+        self.has_agent = has_agent
+        write_mesh_yaml(folder, named, retry, services_of_agent=SERVICES if has_agent else ())
+        if has_agent:
+            fleet.add("agent", [MESHLIB, "agent", "run", "--config", str(folder / "mesh.yaml")], {}, str(folder / "data.sock"))
         for name, address in addresses.items():
             self.add_listener(name, address, ports)
         load = python("-m", "examples.shop.load", "--rate", str(rate))
@@ -54,7 +59,7 @@ class Shop:
         service = service_of(name)
         environment = {"MESHLIB_SERVICE": service}
         serve = [
-            str(Path(sys.executable).with_name("meshlib")),
+            MESHLIB,
             "serve",
             f"examples.shop.{service}:app",
             "--listen",
@@ -77,6 +82,9 @@ class Shop:
         self.meters.add(name, metrics, address, VERSIONS.get(name, ""))
 
     async def start(self) -> None:
+        if self.has_agent:
+            self.fleet.processes["agent"].start()
+            await self.fleet.processes["agent"].ready()
         for name in LISTENERS:
             self.fleet.processes[name].start()
         await asyncio.gather(*(self.fleet.processes[name].ready() for name in LISTENERS))

@@ -65,6 +65,7 @@ __all__ = [
     "Gate",
     "HttpConnection",
     "Place",
+    "Proxy",
     "Tally",
     "TlsClient",
     "TlsConnection",
@@ -119,6 +120,16 @@ class Engine:
     def resolve(
         self, service: str, version: int, endpoints: Sequence[tuple[str, float, str, Mapping[str, str], str]], now: float
     ) -> None: ...
+    def amend(
+        self,
+        service: str,
+        base: int,
+        version: int,
+        changed: Sequence[tuple[str, float, str, Mapping[str, str], str]],
+        gone: Sequence[str],
+        now: float,
+    ) -> bool: ...
+    def unreachable(self, service: str) -> int: ...
     def service_of(self, authority: str) -> str | None: ...
     def route_of(self, authority: str, method: str, path: str, headers: _Headers) -> tuple[str, str] | None: ...
     def begin(
@@ -316,8 +327,6 @@ class Entry:
     def spend(self) -> None: ...  # a call that the handler made has failed for good
     @property
     def is_spent(self) -> bool: ...
-    @property
-    def has_more(self) -> bool: ...  # an authorizer to ask, or headers to take out or put in
     @property
     def identity(self) -> str: ...  # our own
     @property
@@ -608,3 +617,30 @@ def parse_jwks(
 ) -> tuple[list[str], list[str]]: ...  # names of the usable keys ("" for none), and why others are left out
 def verify_jwt(token: bytes, jwks: bytes, provider: bytes, wall: float) -> dict[str, Any]: ...  # a provider as in the server plan
 def verify_jws(token: bytes, jwks: bytes, algorithms: Sequence[str]) -> bytes: ...  # the payload; no claims are judged
+
+# --- the node agent's data path; nothing of it runs before a Proxy is made
+
+@final
+class Proxy:
+    """Moves the bytes of delegated calls and of handed-over ones, on native threads of its own. After a fork only a new one works."""
+    def __new__(cls, workers: int = 1) -> Proxy: ...
+    def identify(
+        self, spiffe_id: str, chain: bytes, key: bytes, bundles: Mapping[str, bytes], crls: Mapping[str, bytes], secret: str
+    ) -> None:
+        """Puts an identity in force, or a new generation: what was opened under the old one ends when it is idle, and callers whom the new
+        bundles and lists don't know any more are cut.
+        """
+    def forget(self, spiffe_id: str) -> None: ...  # withdrawn: its connections close
+    def readmit(self, spiffe_id: str) -> None: ...  # its callers' connections end when idle: who comes again is attested anew
+    def adopt(self, fd: int, *spiffe_ids: str) -> None:
+        """A connection to the data socket, attested for these identities: a request says as which. The descriptor becomes the proxy's."""
+    def listen(self, name: str, fd: int, spiffe_id: str, to: str, mode: str, owners: Sequence[int] = ...) -> None:
+        """A listening TCP socket, of which a copy is made; `to` is the path of the application's UNIX socket.
+
+        Where `owners` names users, nobody else's process may listen there.
+        """
+    def unlisten(self, name: str) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
+    def connections(self) -> list[dict[str, Any]]: ...
+    def drain(self) -> None: ...  # accepts no more; GOAWAY, connection: close
+    def stop(self, seconds: float) -> bool: ...  # ends all within; True if nothing was cut

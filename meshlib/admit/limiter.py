@@ -26,10 +26,10 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
-from meshlib.errors import ConfigError, MeshError, RateLimited
+from meshlib.config.plugin import opened
+from meshlib.errors import RateLimited
 
 if TYPE_CHECKING:
     from meshlib.config import Config, RatePolicy
@@ -164,23 +164,11 @@ class RateGuard:
 
 def open_store(name: str, settings: Mapping[str, Any]) -> GlobalLimiter:
     """The store of a name, by its entry point."""
-    points = tuple(entry_points(group=GROUP, name=name))
-    if not points:
-        raise ConfigError(
-            f"stores.{name}: no installed package provides a store of that name.",
-            hint=f"Install the one that does (for redis: pip install meshlib-redis). It has an entry point in the group {GROUP}.",
-        )
-    try:
-        factory: Callable[[Mapping[str, Any]], GlobalLimiter] = points[0].load()
-        return factory(settings)
-    except MeshError:
-        raise
-    except Exception as error:
-        # Its text may hold the URL, and that a password.
-        raise ConfigError(
-            f"stores.{name}: {points[0].value} can't be used: {type(error).__name__}.",
-            hint="Correct its settings, or what is wrong with the installation of that package.",
-        ) from None
+    made, _ = opened(
+        GROUP, name, lambda factory: factory(settings), at=f"stores.{name}", example="meshlib-redis", trusted_with="limits"
+    )
+    found: GlobalLimiter = made
+    return found
 
 
 class Store:

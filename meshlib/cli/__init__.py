@@ -6,6 +6,7 @@
     meshlib serve   serve an application inside the mesh
     meshlib ca      make a certificate authority in a folder, and certificates
     meshlib dev     run a command with a throw-away authority, on loopback
+    meshlib agent   run the node agent, or ask how it is
     meshlib status  show every edge's mTLS and certificates
     meshlib suggest write the least policy that allows the calls that were seen
 
@@ -33,6 +34,7 @@ COMMANDS: Final = (
     ("serve", "serve an application inside the mesh"),
     ("ca", "make a certificate authority in a folder, and certificates"),
     ("dev", "run a command with a throw-away authority, on loopback"),
+    ("agent", "run the node agent, or ask how it is"),
     ("status", "show every edge's mTLS and certificates"),
     ("suggest", "write the least policy that allows the calls that were seen"),
 )
@@ -42,7 +44,7 @@ FAILED: Final = 1
 BAD_INPUT: Final = 2
 
 # Which extra brings a package that a command may miss.
-_EXTRAS: Final = {"uvicorn": "serve", "gunicorn": "serve", "rich": "cli"}
+_EXTRAS: Final = {"uvicorn": "serve", "gunicorn": "serve", "rich": "cli", "h2": "agent", "google": "agent"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

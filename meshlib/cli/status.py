@@ -272,13 +272,29 @@ class Believed:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Something that isn't well about the identity of a process, and lasts. `about`: a trust domain, or nothing."""
+    """Something that isn't well about the identity of a process or the services that it calls, and lasts.
+
+    `about`: a trust domain, a service, or nothing.
+    """
 
     service: str
     address: str
     kind: str
     about: str
     message: str
+
+
+@dataclass(slots=True)
+class AgentSide:
+    """What one process has to do with the agent of its node. `by_itself`: attempts that this process sent after all, by reason."""
+
+    service: str
+    address: str
+    state: str
+    sent: int
+    by_itself: dict[str, int]
+    taken: int
+    why: str
 
 
 @dataclass(slots=True)
@@ -289,6 +305,7 @@ class Report:
     processes: list[Process] = field(default_factory=list)
     believed: list[Believed] = field(default_factory=list)
     alarms: list[Standing] = field(default_factory=list)
+    agents: list[AgentSide] = field(default_factory=list)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     silent: list[Silent] = field(default_factory=list)
 
@@ -318,6 +335,7 @@ def fold(answers: Sequence[Answer], unasked: Sequence[Silent], now: float) -> Re
         report.processes.append(_process(answer.address, document))
         report.believed += _believed(answer.address, document)
         report.alarms += _alarms(answer.address, document)
+        report.agents += _agents(answer.address, document)
         for side in ("in", "out"):
             for row in document[side]:
                 _take(edges, told, row, side, float(document["now"]))
@@ -377,6 +395,26 @@ def _believed(address: str, document: Mapping[str, Any]) -> list[Believed]:
     ]
 
 
+def _agents(address: str, document: Mapping[str, Any]) -> list[AgentSide]:
+    told = document.get("agent")
+    if not told:
+        return []
+    out, come = told.get("out") or {}, told.get("in") or {}
+    by_itself = {str(why): int(count) for why, count in (out.get("fallbacks") or {}).items() if count}
+    state = str(out.get("state") or ("up" if come.get("is_ready") else "new"))
+    return [
+        AgentSide(
+            str(document["service"]),
+            address,
+            state,
+            int(out.get("sent") or 0),
+            by_itself,
+            int(come.get("taken") or 0),
+            str(out.get("why") or ""),
+        )
+    ]
+
+
 def _alarms(address: str, document: Mapping[str, Any]) -> list[Standing]:
     service, rows = str(document["service"]), document.get("alarms", ())
     return [Standing(service, address, str(row["kind"]), str(row["about"]), str(row["message"])) for row in rows]
@@ -428,6 +466,8 @@ def show(report: Report) -> None:
     if report.believed:
         print()
         _print_table(_BELIEVED, [_believed_row(one) for one in report.believed], state=7)
+    for side in sorted(report.agents, key=lambda side: (side.service, side.address)):
+        print(f"agent: {_cell(_agent_words(side))}")
     alarming = {(alarm.address, alarm.about) for alarm in report.alarms if alarm.kind == "federation"}
     for one in report.believed:
         # A bundle's fault is an alarm of the identity as well, where there is one.
@@ -476,6 +516,13 @@ def _process_row(process: Process) -> tuple[str, ...]:
     left = duration(process.left) if process.left > 0 else "ended"
     spent = f"{process.spent:.0%}" + (" (not renewed)" if process.is_overdue else "")
     return (process.service, process.address, process.mode, process.serial[:16], left, spent)
+
+
+def _agent_words(side: AgentSide) -> str:
+    reasons = ", ".join(f"{why} {count}" for why, count in sorted(side.by_itself.items()))
+    why = f" ({side.why})" if side.state == "away" and side.why else ""
+    own = f", {sum(side.by_itself.values())} by the process ({reasons})" if reasons else ""
+    return f"{side.service} ({side.address}): {side.state}{why}; {side.sent} attempts by the agent{own}, {side.taken} calls handed over"
 
 
 def _believed_row(one: Believed) -> tuple[str, ...]:

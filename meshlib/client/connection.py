@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import errors
@@ -275,6 +276,12 @@ class Connection(asyncio.BufferedProtocol):
     def abort(self, error: errors.AttemptFailed | None = None) -> None:
         """At once; whoever waits for it, or reads on, is told the error."""
         self._end(error)
+
+    def cut(self, may_end: Callable[[Attempt], bool], error: errors.AttemptFailed) -> None:
+        """End the exchange that waits for its head, if `may_end` says so of it."""
+        attempt, reply = self._attempt, self._reply
+        if attempt is not None and reply is not None and not reply.done() and may_end(attempt):
+            self.abort(error)
 
     def bury(self) -> None:
         """Its loop is closed, so that nobody can be told and nothing be said: only the socket is left."""

@@ -19,6 +19,9 @@ IDLE_TIMEOUT = "send.idle_timeout"
 UNWRITTEN = "send.unwritten"
 STALE = "send.stale"
 DECLINED = "send.declined"
+# Reasons of what the node agent did to an attempt that it carried, and of that it fell silent (`delegated.py`).
+AGENT_CLOSED = "send.agent_closed"
+AGENT_SILENT = "send.agent_silent"
 
 # Content codings of one answer; curl takes as many.
 MOST_CODINGS = 5
@@ -37,6 +40,9 @@ _LOST = {
     STALE: core.OUTCOME_STALE,
     # Our own doing, which says nothing of the endpoint.
     "send.client_closed": core.OUTCOME_CANCELLED,
+    # Nor does an agent that goes: what may be sent again is, and nobody is blamed.
+    AGENT_CLOSED: core.OUTCOME_STALE,
+    AGENT_SILENT: core.OUTCOME_STALE,
 }
 # What the engine takes for "nothing was processed", so that every method is safe to send again.
 UNSENT = (core.OUTCOME_REFUSED, core.OUTCOME_IDENTITY, core.OUTCOME_UNWRITTEN, core.OUTCOME_DECLINED)

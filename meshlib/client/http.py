@@ -58,6 +58,23 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+def httpx_of(module: ModuleType | None) -> ModuleType:
+    """The module that was given, or httpx."""
+    if module is None:
+        import httpx
+
+        return httpx
+    return module
+
+
+def laid_out(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A client's options: those of its transport, and those of httpx's own constructor."""
+    network = {name: options[name] for name in NETWORK if name in options}
+    rest = {name: value for name, value in options.items() if name not in {*NETWORK, "transport"}}
+    # httpx's own look at the environment can't find a proxy for a Service, since a transport is given: egress looks there itself.
+    return network, {**rest, "trust_env": network.get("trust_env", True)}
+
+
 def faces(httpx: ModuleType) -> SimpleNamespace:
     """The classes for one module of the httpx family: `.AsyncTransport`, `.Transport`, `.AsyncClient` and `.Client`."""
     found = _faces.get(httpx.__name__)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import errors
@@ -134,6 +135,13 @@ class Http2Connection(asyncio.BufferedProtocol):
     def abort(self, error: errors.AttemptFailed | None = None) -> None:
         """At once; whoever waits for it, or reads on, is told the error."""
         self._end(error)
+
+    def cut(self, may_end: Callable[[Attempt], bool], error: errors.AttemptFailed) -> None:
+        """End the exchanges that wait for their heads, if `may_end` says so of them."""
+        for stream, exchange in tuple(self._exchanges.items()):
+            if exchange.is_waiting and may_end(exchange.attempt):
+                self.give_up(stream)
+                exchange.fail(copy.copy(error))
 
     def bury(self) -> None:
         """Its loop is closed, so that nobody can be told and nothing be said: only the socket is left."""

@@ -42,6 +42,8 @@ class LoopCarrier:
         # The next look, and whether it is a late one, for which nothing that begins now can wait.
         self._sweep: asyncio.TimerHandle | None = None
         self._is_slow = False
+        # What carries the attempts of delegated services in the place of this one, once there were any (delegated.py).
+        self.delegate: Any = None
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -71,11 +73,7 @@ class LoopCarrier:
         self.pool.opened += 1
         try:
             async with asyncio.timeout_at(attempt.connect_end):
-                host, port = split_address(attempt.address)
-                if port is None:
-                    await self.loop.create_unix_connection(lambda: connection, host)
-                else:
-                    await self.loop.create_connection(lambda: connection, host, port)
+                await self._dial(attempt.address, connection)
                 agreed = await connection.opened or connection
             if attempt.tls is not None:
                 attempt.resumed = connection.wire.tls_resumed
@@ -91,6 +89,13 @@ class LoopCarrier:
             connection.abort()
             raise
         return agreed
+
+    async def _dial(self, address: str, connection: Connection) -> None:
+        host, port = split_address(address)
+        if port is None:
+            await self.loop.create_unix_connection(lambda: connection, host)
+        else:
+            await self.loop.create_connection(lambda: connection, host, port)
 
     def adopt(self, connection: Connection, heir: Http2Connection) -> None:
         """A connection's handshake agreed on HTTP/2, and another Protocol takes its place."""
@@ -179,9 +184,13 @@ class LoopCarrier:
         self.pool.clear()
         for connection in tuple(self._open):
             connection.abort(given_up(connection.key[0], True))
+        if self.delegate is not None:
+            self.delegate.close()
 
     def bury(self) -> None:
         """The loop is closed, and what it left open goes."""
+        if self.delegate is not None:
+            self.delegate.bury()
         self.pool.drain()
         for connection in tuple(self._open):
             connection.bury()

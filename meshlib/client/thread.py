@@ -89,13 +89,16 @@ class Connection:
             raise
 
     def _open(self, attempt: Attempt) -> socket.socket:
-        host, port = split_address(attempt.address)
         try:
-            return _dial(host, port, attempt.connect_end)
+            return self.dial(attempt)
         except TimeoutError as error:
             raise too_slow(attempt.address) from error
         except OSError as error:
             raise unreachable(attempt.address, error) from error
+
+    def dial(self, attempt: Attempt) -> socket.socket:
+        host, port = split_address(attempt.address)
+        return _dial(host, port, attempt.connect_end)
 
     # --- the exchange, in its order
 
@@ -462,6 +465,8 @@ class ThreadCarrier:
         self._ledger = ledger or Ledger()
         self.pool = self._ledger.open()
         self._lock = threading.Lock()
+        # As in `loop.py`: what carries the attempts of delegated services.
+        self.delegate: Any = None
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -475,10 +480,13 @@ class ThreadCarrier:
                 return found.exchange(attempt)  # type: ignore[no-any-return]
         with self._lock:
             self.pool.opened += 1
-        connection = Connection(self, attempt, key)
+        connection = self.connect(attempt, key)
         if attempt.tls is not None:
             attempt.resumed = connection.wire.tls_resumed
         return connection.exchange(attempt)
+
+    def connect(self, attempt: Attempt, key: Key) -> Connection:
+        return Connection(self, attempt, key)
 
     def give(self, connection: Connection) -> None:
         now = time.monotonic()
@@ -490,6 +498,8 @@ class ThreadCarrier:
         """Close what has waited too long; the keeper calls it, since a process that makes no calls has nobody else."""
         with self._lock:
             self.pool.sweep(time.monotonic())
+        if self.delegate is not None:
+            self.delegate.sweep()
 
     def saw(self, connection: Connection) -> None:
         """A kept-alive connection was closed under us: how long does this peer keep one?"""
@@ -500,8 +510,11 @@ class ThreadCarrier:
     def close(self) -> None:
         with self._lock:
             self.pool.clear()
+        if self.delegate is not None:
+            self.delegate.close()
 
     def forget(self) -> None:
         """In a forked child: the sockets are closed without a word on the wire, since the parent goes on using them."""
+        self.delegate = None
         self.pool = self._ledger.open()
         self._lock = threading.Lock()

@@ -25,6 +25,7 @@ from .terms import FOREVER, LARGE, ORDINARY, Terms
 if TYPE_CHECKING:
     from ..admit.limiter import RateGuard
     from ..call import Errand
+    from .delegated import Delegation
     from .egress import EgressRules
     from .patience import Patience
     from .race import Race
@@ -51,6 +52,7 @@ class Attempt:
     __slots__ = (
         "address",
         "body",
+        "by",
         "end",
         "hard_end",
         "head_end",
@@ -102,6 +104,8 @@ class Attempt:
         self.is_http2 = is_http2
         # Set by the carrier when a new connection came about with TLS: was a session resumed?
         self.resumed: bool | None = None
+        # And by that of a delegated service: who carried it (`delegated.py`).
+        self.by = ""
 
     @property
     def connect_end(self) -> float:
@@ -148,19 +152,21 @@ class Carrier(Protocol):
 class Answer:
     """What came back: the head, the body if it is here already, and the call with its record."""
 
-    __slots__ = ("_method", "_native", "_target", "body", "headers", "minor", "reason", "status")
+    __slots__ = ("_method", "_native", "_target", "_trail", "body", "headers", "minor", "reason", "status")
 
     body: bytes | Incoming | None
 
-    def __init__(self, native: core.Call, method: str, target: str, reply: Reply) -> None:
+    def __init__(self, native: core.Call, method: str, target: str, reply: Reply, trail: list[str] | None = None) -> None:
         self._native = native
         self._method = method
         self._target = target
+        # Who carried each attempt, where the service is delegated.
+        self._trail = trail
         self.status, self.minor, self.reason, self.headers, self.body = reply
 
     @property
     def call(self) -> Call:
-        return Call(self._native, self._method, self._target)
+        return Call(self._native, self._method, self._target, self._trail)
 
     async def read(self) -> bytes:
         """The next piece of a body that is still on its way, b"" at its end."""
@@ -176,9 +182,17 @@ class StreamedAnswer(Answer):
     __slots__ = ("_call", "_hard_end", "_is_over", "_token", "_way", "stream")
 
     def __init__(
-        self, native: core.Call, method: str, target: str, reply: Reply, way: OutboundWay, token: int, hard_end: float
+        self,
+        native: core.Call,
+        method: str,
+        target: str,
+        reply: Reply,
+        trail: list[str] | None,
+        way: OutboundWay,
+        token: int,
+        hard_end: float,
     ) -> None:
-        super().__init__(native, method, target, reply)
+        super().__init__(native, method, target, reply, trail)
         assert not isinstance(reply[4], bytes)
         self.stream: Incoming = reply[4]
         self.body = None
@@ -187,7 +201,7 @@ class StreamedAnswer(Answer):
         self._hard_end = hard_end
         self._is_over = False
         # One for the answer and for what may still go wrong with it.
-        self._call = Call(native, method, target)
+        self._call = Call(native, method, target, trail)
 
     @property
     def call(self) -> Call:
@@ -225,7 +239,19 @@ class StreamedAnswer(Answer):
 class OutboundWay:
     """The way out of one process: engine, identity and observer, in the order in which a call meets them."""
 
-    __slots__ = ("carriers", "clock", "egress", "engine", "identity", "is_by_peer", "ledger", "observer", "rates", "wake")
+    __slots__ = (
+        "carriers",
+        "clock",
+        "delegation",
+        "egress",
+        "engine",
+        "identity",
+        "is_by_peer",
+        "ledger",
+        "observer",
+        "rates",
+        "wake",
+    )
 
     def __init__(self, engine: core.Engine, identity: Any, observer: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self.engine = engine
@@ -237,6 +263,8 @@ class OutboundWay:
         # Whether some service is balanced or limited by our own caller, and the rates that all processes share, if there are any.
         self.is_by_peer = False
         self.rates: RateGuard | None = None
+        # Which services the node agent carries, None for none.
+        self.delegation: Delegation | None = None
         # What the connections of this mesh have counted, and the carriers that somebody has to sweep.
         self.ledger = Ledger()
         self.carriers: WeakSet[Any] = WeakSet()
@@ -292,6 +320,10 @@ class OutboundWay:
                 from .patience import Patience
 
                 patience = Patience(terms, now)
+        trail: list[str] | None = None
+        if self.delegation is not None and native.service in self.delegation.services:
+            # send: the same attempts, by the agent of this node.
+            carrier, trail = self.delegation.carrier(carrier), []
         extras = native.extras
         if extras & core.EXTRA_HEDGE and native.hedge(now, carrier.can_overlap, not is_whole) is not None:
             from .race import Race
@@ -366,8 +398,10 @@ class OutboundWay:
                         reply = await _whole(reply)
                 except errors.AttemptFailed as error:
                     now = clock()
+                    if trail is not None:
+                        trail.append(attempt.by)
                     if span is not None:
-                        span.end(0, error, attempt.resumed)
+                        span.end(0, error, attempt.resumed, attempt.by)
                     outcome = outcome_of(error)
                     # A stream that fell silent has outlived the route's deadline; only the application's own still counts.
                     late_at = hard_end if error.reason in (WRITE_TIMEOUT, IDLE_TIMEOUT) else end
@@ -400,8 +434,10 @@ class OutboundWay:
                     raise
                 now = clock()
                 status = reply[0]
+                if trail is not None:
+                    trail.append(attempt.by)
                 if span is not None:
-                    span.end(status, None, attempt.resumed)
+                    span.end(status, None, attempt.resumed, attempt.by)
                 is_here = isinstance(reply[4], bytes)
                 after = _pushback(reply[3]) if status >= 500 or status == 429 else -1.0
                 if extras & core.EXTRA_REPORT:
@@ -418,8 +454,8 @@ class OutboundWay:
                     if extras & core.EXTRA_SESSION and (session := native.session) is not None:
                         reply = (*reply[:3], [*reply[3], session], reply[4])
                     if is_here:
-                        return Answer(native, method, target, reply)
-                    return StreamedAnswer(native, method, target, reply, self, token, hard_end)
+                        return Answer(native, method, target, reply, trail)
+                    return StreamedAnswer(native, method, target, reply, trail, self, token, hard_end)
                 if patience is not None and judgement == core.RETRY:
                     patience.wait(native, now)
                 await _drop(reply)
@@ -428,7 +464,7 @@ class OutboundWay:
             if errand is not None:
                 errand.end()
             if error.call is None:
-                error.call = Call(native, method, target)
+                error.call = Call(native, method, target, trail)
             native.abandon(clock())
             if native.is_spent and not isinstance(error, errors.Refused):
                 _spend()
@@ -444,7 +480,7 @@ class OutboundWay:
                 await replay.close()
             if is_unwanted:
                 gone = gone_away()
-                gone.call = Call(native, method, target)
+                gone.call = Call(native, method, target, trail)
                 raise gone from None
             raise
         finally:

@@ -6,7 +6,8 @@ on other sections is checked in `vet.py`, and what finally counts for a service 
 is computed in `policy.py`.
 
 Who is trusted (`secure`) and what goes out (`egress`) is in `secure_document.py`, what comes in (`inbound`) in
-`inbound_document.py`.
+`inbound_document.py`, where services are (`discover`, `registries`) in `discover_document.py`, and the node agent in
+`agent_document.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from .agent_document import Agent, Delegate
 from .defaults import override, setting
+from .discover_document import DiscoverOrWord, RegisterOrWord, Registry
 from .inbound_document import AdaptiveLimits, Inbound
 from .section import Choice, Closed, Section
 from .secure_document import Egress, EgressOrWord, Secure, ServiceSecure
 from .values import (
     CheckPath,
     CookieName,
-    DnsAddress,
-    EndpointAddress,
     GuardName,
     HeaderName,
     Label,
@@ -259,35 +260,6 @@ class Observe(Section):
     sample: float = setting("observe.sample")
 
 
-# ---------------------------------------------------------------- discover
-
-
-def _from_address(value: Any) -> Any:
-    return {"address": value} if isinstance(value, str) else value
-
-
-class EndpointSettings(Section):
-    """One endpoint with what is special about it."""
-
-    address: EndpointAddress = Field(description="host:port, or unix:/path of a socket")
-    labels: dict[str, Label] = Field(default_factory=dict, description="What backends select by, such as {version: v2}.")
-    zone: str = setting("discover.zone")
-    weight: float = setting("discover.weight")
-    identity: SpiffeId | None = Field(default=None, description="Another SPIFFE ID than the service's.")
-
-
-Endpoint = Annotated[EndpointSettings, BeforeValidator(_from_address, json_schema_input_type=EndpointSettings | str)]
-
-
-class Discover(Section):
-    """Where the endpoints of a service are: exactly one of `static`, `file`, `dns`."""
-
-    static: tuple[Endpoint, ...] | None = Field(default=None, min_length=1, description="The endpoints, written here.")
-    file: str | None = Field(default=None, min_length=1, description="A YAML list of endpoints, watched; relative to this file.")
-    dns: DnsAddress | None = Field(default=None, description="A name and port; all its addresses are endpoints.")
-    every: Seconds = setting("discover.every")
-
-
 # ---------------------------------------------------------------- route
 
 
@@ -344,7 +316,11 @@ class Service(Section):
     listen: ListenAddress | None = Field(default=None, description="Where `meshlib serve` listens.")
     protocol: Literal["http", "http2", "grpc"] = setting("protocol")
     identity: SpiffeId | None = Field(default=None, description="Default: spiffe://<trust domain>/ns/<namespace>/sa/<service>.")
-    discover: Discover | None = Field(default=None, description="Where it is. Nothing means that nobody calls it.")
+    discover: DiscoverOrWord | None = Field(default=None, description="Where it is. Nothing means that nobody calls it.")
+    register_: RegisterOrWord | None = Field(
+        default=None, alias="register", description="Its processes enter themselves in a registry."
+    )
+    delegate: Delegate | None = Field(default=None, description="Over the system's: agent or off.")
     route: tuple[Route, ...] = Field(default=(), description="Nothing means one route for everything.")
     retry: Retry | None = Field(default=None, description="Over the system's.")
     balance: Balance | None = Field(default=None, description="Over the system's.")
@@ -370,4 +346,9 @@ class Document(Section):
     admit: Admit = Field(default_factory=Admit)
     guards: dict[GuardName, Guard] = Field(default_factory=dict, description="Guarded functions, by the name in the code.")
     stores: dict[Name, Store] = Field(default_factory=dict, description="Stores of limits, by the name of their plugin.")
+    registries: dict[Name, Registry] = Field(
+        default_factory=dict, description="Who knows where services are, by a name of yours."
+    )
+    agent: Agent | None = Field(default=None, description="The node agent: `meshlib agent run`. Default: none.")
+    delegate: Delegate = setting("delegate")
     services: dict[Name, Service] = Field(min_length=1, description="By the name that callers use as host: http://orders/…")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
+from .agent_values import SocketPath
 from .defaults import override, setting
 from .rule_values import Caller, RulePath
 from .section import Choice, Section
@@ -146,3 +147,6 @@ class Inbound(Section):
     shares: Shares = Field(default_factory=Shares, description="Who is turned away first; counts where `priority` is set.")
     rate: tuple[InboundRate, ...] = Field(default=(), description="Limits in calls per time. All of them count.")
     drain: Drain = Field(default_factory=Drain, description="How a process goes out of service.")
+    agent: SocketPath | None = Field(
+        default=None, description="The node agent takes its calls at `listen`, and hands them over to this socket. Default: none."
+    )

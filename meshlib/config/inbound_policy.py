@@ -30,7 +30,8 @@ class InboundPolicy:
     `public` and `probe` are addresses, None where there is no such listener; `public_allow` are the only rules that let in at
     the first. `probes` are paths as in rules. `adaptive` is None where the limit doesn't move. `queue` is a share of the
     limit, and so are `shares`: of sheddable, sheddable_plus, critical and critical_plus, all 1 where nobody has a priority.
-    `is_wait_written`: the wait is in the file, and no default.
+    `is_wait_written`: the wait is in the file, and no default. `agent` is the socket to which the node agent hands calls over, "" for
+    none.
     """
 
     public: str | None
@@ -48,6 +49,7 @@ class InboundPolicy:
     drain_wait: float
     is_wait_written: bool
     drain_grace: float
+    agent: str = ""
 
     @property
     def global_rates(self) -> tuple[RatePolicy, ...]:
@@ -78,4 +80,5 @@ def inbound(service: str, written: Inbound, names: Names, *, in_flight: int) -> 
         drain_wait=written.drain.wait,
         is_wait_written="wait" in written.drain.model_fields_set,
         drain_grace=written.drain.grace,
+        agent=written.agent or "",
     )

@@ -19,11 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from meshlib.errors import ConfigError, Problem
 
-from . import judged, problems, secure_policy, vet, warn
-from .document import Document, Endpoint, EndpointSettings, Store
+from . import agent_policy, judged, problems, secure_policy, vet, warn
+from .discover_document import Endpoint, EndpointSettings
+from .document import Document, Store
 from .names import Names
 from .policy import Config, GuardPolicy, ServicePolicy, resolve, resolve_guards
 from .secure_policy import IdentityChoice
+from .source import ConfigSource, is_url, open_source, read_source, shown
 from .text import Text, parse
 from .values import Zone, near, some
 
@@ -41,16 +43,26 @@ class Examined:
     guards: dict[str, GuardPolicy]
     dev_folder: Path | None
     warnings: tuple[Problem, ...]
+    origin: ConfigSource | None = field(default=None, repr=False)
+    url: str = field(default="", repr=False)
+    fresh: bytes = field(default=b"", repr=False)
 
 
-def load(source: str | os.PathLike[str] | None = None, *, service: str | None = None, zone: str | None = None) -> Config:
+def load(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    service: str | None = None,
+    zone: str | None = None,
+    origin: ConfigSource | None = None,
+) -> Config:
     """The configuration of this process.
 
-    `source` is a file; without it $MESHLIB_CONFIG, then ./mesh.yaml. `service` says which service this process is;
+    `source` is a file, or the URL of a `ConfigSource` (which is `origin`, if it is open already); without it $MESHLIB_CONFIG, then
+    ./mesh.yaml. `service` says which service this process is;
     without it $MESHLIB_SERVICE, then the only one there is. `zone` says where it runs; without it $MESHLIB_ZONE, and
     "" is nowhere in particular. Raises ConfigError with all problems.
     """
-    examined = examine(source)
+    examined = examine(source, origin=origin)
     where = _zone(examined, zone)
     name = service or os.environ.get("MESHLIB_SERVICE") or None
     known = list(examined.services)
@@ -64,7 +76,8 @@ def load(source: str | os.PathLike[str] | None = None, *, service: str | None = 
         raise ConfigError([Problem(str(examined.file), line, key, message, hint)])
     document, secure = examined.document, examined.document.secure
     folder, is_dev = examined.file.parent, examined.dev_folder is not None
-    identity = secure_policy.identity(secure.identity, folder)
+    node = agent_policy.agent(document.agent, folder)
+    identity = secure_policy.identity(secure.identity, folder, "" if node is None else node.socket)
     if is_dev:
         identity = IdentityChoice("folder", folder=examined.dev_folder)
     own = examined.services[name]
@@ -93,15 +106,29 @@ def load(source: str | os.PathLike[str] | None = None, *, service: str | None = 
         egress_hosts=document.egress.hosts,
         egress_credentials=secure_policy.credentials(document.egress.credentials, folder),
         record=secure_policy.record(secure.record, folder),
+        registries=agent_policy.registries(document.registries, folder),
+        agent=node,
+        origin=examined.origin,
+        url=examined.url,
+        fresh=examined.fresh,
     )
 
 
-def examine(source: str | os.PathLike[str] | None = None) -> Examined:
+def examine(source: str | os.PathLike[str] | None = None, *, origin: ConfigSource | None = None) -> Examined:
     """Read and check a file, without asking which service this process is. Raises ConfigError with all problems."""
-    file = Path(source if source is not None else os.environ.get("MESHLIB_CONFIG") or "mesh.yaml")
-    content = _read(file, is_named=source is not None or bool(os.environ.get("MESHLIB_CONFIG")))
+    named = source if source is not None else os.environ.get("MESHLIB_CONFIG") or "mesh.yaml"
+    url = str(named) if is_url(named) else ""
+    is_fresh = False
+    if url:
+        origin = origin or open_source(url)
+        document_read, is_fresh = read_source(origin, url)
+        file, label = Path(url.rpartition("/")[2] or "mesh.yaml"), shown(url)
+        content = _decoded(document_read, label)
+    else:
+        file, label = Path(named), str(named)
+        content = _read(file, is_named=source is not None or bool(os.environ.get("MESHLIB_CONFIG")))
     dev = os.environ.get("MESHLIB_DEV") or None
-    text = parse(content, str(file))
+    text = parse(content, label)
     document: Document | None = None
     if text.value is None and not text.problems:
         text.refuse((), "the file is empty", "`meshlib init` writes one to begin with")
@@ -131,6 +158,9 @@ def examine(source: str | os.PathLike[str] | None = None) -> Examined:
         guards=guards,
         dev_folder=None if dev is None else Path(dev).absolute(),
         warnings=tuple(warn.warnings(text, file.parent, document, services, guards).problems),
+        origin=origin,
+        url=url,
+        fresh=content.encode() if is_fresh else b"",
     )
 
 
@@ -171,12 +201,17 @@ def read_endpoints(source: str | os.PathLike[str]) -> tuple[EndpointSettings, ..
     return found
 
 
-def _read(file: Path, *, is_named: bool) -> str:
+def _decoded(content: bytes, label: str) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError([Problem(str(file), line, "(file)", "is not UTF-8 text", "save it as UTF-8")]) from None
+        raise ConfigError([Problem(label, line, "(file)", "is not UTF-8 text", "save it as UTF-8")]) from None
+
+
+def _read(file: Path, *, is_named: bool) -> str:
+    try:
+        return _decoded(file.read_bytes(), str(file))
     except FileNotFoundError:
         hint = "check the path" if is_named else "`meshlib init` writes one; or name yours in MESHLIB_CONFIG"
         raise ConfigError([Problem(str(file), 1, "(file)", "is not there", hint)]) from None

@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 from meshlib.errors import ConfigError, Problem
 
 from . import document as doc
+from .agent_policy import AgentPolicy, RegisterPolicy, RegistryPolicy, register
+from .discover_document import Discover
 from .inbound_policy import InboundPolicy, inbound
 from .names import Names
 from .rate_policy import RatePolicy, rates
 from .section import Choice, Section
 from .secure_document import Secure
 from .secure_policy import CredentialPolicy, FederationPolicy, IdentityChoice, ProviderPolicy, ProxiesPolicy, RulePolicy, rules
+from .source import ConfigSource
 from .values import near, some
 
 S = TypeVar("S", bound=Section)
@@ -66,7 +69,7 @@ class GuardPolicy:
 class ServicePolicy:
     """A service with everything filled in. `identity` is its SPIFFE ID in every mode.
 
-    `peer_check` says how a gRPC channel proves it: auto, dns or spiffe.
+    `peer_check` says how a gRPC channel proves it: auto, dns or spiffe. `is_delegated`: calls to it go by the node agent.
     """
 
     name: str
@@ -75,7 +78,9 @@ class ServicePolicy:
     mode: str
     peer_check: str
     listen: str | None
-    discover: doc.Discover | None
+    discover: Discover | None
+    register: RegisterPolicy | None
+    is_delegated: bool
     routes: tuple[RoutePolicy, ...]
     retry: doc.Retry
     balance: doc.Balance
@@ -118,6 +123,8 @@ class Config:
     `source` is the hash of the file's text, to tell whether a reload brings anything new. `warnings` are what
     `meshlib vet` tells about settings that are allowed, but inert or dangerous. `zone` is where this process runs, "" if
     nobody said. `guards` has an entry "*" for all that the file doesn't name; `stores` are settings by plugin.
+    `origin` is None where `file` is one; else where it came from by `url`, and `file` says what relative paths are relative to.
+    `fresh` is the text itself where the source was asked for it: what is to be kept on disk once it is in force.
     `federation` is by trust domain, `jwt` by the provider's name. `record` is the folder of what `meshlib suggest` reads.
     """
 
@@ -144,6 +151,11 @@ class Config:
     egress_hosts: tuple[str, ...] = ()
     egress_credentials: tuple[CredentialPolicy, ...] = ()
     record: Path | None = None
+    registries: Mapping[str, RegistryPolicy] = field(default_factory=dict)
+    agent: AgentPolicy | None = None
+    origin: ConfigSource | None = field(default=None, repr=False, compare=False)
+    url: str = field(default="", repr=False)
+    fresh: bytes = field(default=b"", repr=False, compare=False)
 
     @property
     def own(self) -> ServicePolicy:
@@ -245,6 +257,8 @@ def _service(document: doc.Document, name: str, names: Names) -> ServicePolicy:
         peer_check=written.secure.peer_check,
         listen=written.listen,
         discover=_discover(written.discover, names),
+        register=register(written.register_),
+        is_delegated=(written.delegate or document.delegate) == "agent",
         routes=tuple(
             _route(name, index, route, retry, deadline, idle) for index, route in enumerate(written.route or (doc.Route(),))
         ),
@@ -295,7 +309,7 @@ def _check(written: doc.Check | None, protocol: str) -> CheckPolicy | None:
     )
 
 
-def _discover(written: doc.Discover | None, names: Names) -> doc.Discover | None:
+def _discover(written: Discover | None, names: Names) -> Discover | None:
     if written is None or written.static is None or not names.is_dev:
         return written
     endpoints = tuple(item.model_copy(update={"identity": names.endpoint(item.identity)}) for item in written.static)

@@ -131,7 +131,7 @@ def shown(value: object) -> str:
 
 def _is_secret(loc: Path) -> bool:
     """Where a password may stand, or a key, though it shouldn't."""
-    if loc[:1] == ("stores",) or (loc[-1:] == ("store",) and loc[-3:-2] == ("rate",)):
+    if loc[:1] in {("stores",), ("registries",)} or (loc[-1:] == ("store",) and loc[-3:-2] == ("rate",)):
         return True
     return loc[:2] == ("egress", "credentials") or loc[:3] == ("secure", "identity", "token") or loc[3:5] == ("jwks", "keys")
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from .agent_values import workload_socket
 from .defaults import setting
 from .rule_values import (
     Caller,
@@ -52,6 +53,7 @@ from .values import (
     SpiffeId,
     Title,
     TrustDomain,
+    refuse,
     word_of,
 )
 
@@ -70,8 +72,19 @@ class Files(Section):
     crl: FilePath | None = Field(default=None, description="Which certificates were revoked, PEM.")
 
 
+def _agent(value: Any) -> Any:
+    if isinstance(value, str):
+        return workload_socket(value)
+    if value is not True:
+        refuse(f"{value!r} is no socket", "true for the socket of `agent`, or unix:///run/meshlib/agent.sock")
+    return value
+
+
+AgentWay = Annotated[Literal[True] | str, BeforeValidator(_agent, json_schema_input_type=Literal[True] | str)]
+
+
 class IdentityWay(Closed):
-    """Where this process's certificate, key and trust bundle come from: exactly one of `folder`, `files`, `ca`, `plugin`."""
+    """Where certificate, key and trust bundle come from: exactly one of `folder`, `files`, `ca`, `agent`, `plugin`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -82,6 +95,7 @@ class IdentityWay(Closed):
     ca: HttpsUrl | None = Field(default=None, description="Where `meshlib ca serve` runs: https://ca.host:8444")
     token: FilePath | None = Field(default=None, description="With `ca`: the file of the one-use token; removed when used.")
     state: FilePath | None = setting("secure.identity.state")
+    agent: AgentWay | None = Field(default=None, description="true: the node agent's socket; or another: unix:///path")
     plugin: PluginName | None = Field(default=None, description="A source of identities; it gets all keys beside it.")
 
 

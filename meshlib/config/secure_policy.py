@@ -21,7 +21,7 @@ from .secure_values import SVID_ALGORITHMS
 
 @dataclass(frozen=True, slots=True)
 class IdentityChoice:
-    """Where the identity comes from. `kind` is folder, files, ca or plugin, and says which of the others count.
+    """Where the identity comes from. `kind` is folder, files, ca, agent or plugin, and says which of the others count.
 
     `settings` are the further keys of a plugin, of which nobody here knows whether they are secret.
     """
@@ -35,6 +35,7 @@ class IdentityChoice:
     ca: str = ""
     token: Path | None = None
     state: Path | None = None
+    socket: str = ""
     plugin: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -197,8 +198,8 @@ def _rule(rule: doc.Rule, name: str, action: str, place: tuple[str | int, ...], 
     )
 
 
-def identity(written: doc.IdentityWay | None, folder: Path) -> IdentityChoice | None:
-    """Where the identity comes from; relative paths are relative to the file's folder."""
+def identity(written: doc.IdentityWay | None, folder: Path, socket: str = "") -> IdentityChoice | None:
+    """Where the identity comes from; relative paths are relative to the file's folder. `socket` is the node agent's."""
     if written is None:
         return None
     if written.folder is not None:
@@ -214,6 +215,8 @@ def identity(written: doc.IdentityWay | None, folder: Path) -> IdentityChoice | 
         )
     if written.ca is not None:
         return IdentityChoice("ca", ca=written.ca, token=_absolute(folder, written.token), state=_absolute(folder, written.state))
+    if written.agent is not None:
+        return IdentityChoice("agent", socket=f"unix://{socket}" if written.agent is True else written.agent)
     return IdentityChoice("plugin", plugin=written.plugin or "", settings=MappingProxyType(dict(written.model_extra or {})))
 
 

@@ -34,7 +34,7 @@ _CLAUSES: Final = (
     "remote_ip_blocks", "not_remote_ip_blocks", "methods", "not_methods", "paths", "not_paths", "path_regexes",
     "not_path_regexes", "hosts", "not_hosts", "ports", "not_ports", "when", "dry_run",
 )  # fmt: skip
-_WAYS: Final = ("folder", "files", "ca", "plugin")
+_WAYS: Final = ("folder", "files", "ca", "agent", "plugin")
 # Members of a JWK that only its owner may know (RFC 7518, 6.2.2, 6.3.2 and 6.4).
 _PRIVATE: Final = frozenset(("d", "p", "q", "dp", "dq", "qi", "oth", "k"))
 

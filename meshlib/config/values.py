@@ -31,6 +31,7 @@ _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
 HOST: Final = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62})(?:\.[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62}))*\Z")
 TRUST_DOMAIN: Final = re.compile(r"[a-z0-9._-]{1,255}\Z")
+_SRV: Final = re.compile(r"_[A-Za-z0-9_-]+\._(?:tcp|udp)\.[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?\Z")
 SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+\Z")
 # What resolvers read as the number of an address, though it doesn't look like one.
 DISGUISED: Final = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?\Z")
@@ -186,6 +187,14 @@ def _endpoint_address(value: str) -> str:
 
 def _dns_address(value: str) -> str:
     return _address(value, can_listen=False)
+
+
+def _srv_name(value: str) -> str:
+    hint = "as in DNS, such as _http._tcp.orders.example"
+    labels = value.removesuffix(".").split(".")
+    if not _SRV.match(value) or len(value) > 253 or any(len(label) > 63 for label in labels):
+        refuse(f"{value!r} is not a name of SRV records", hint)
+    return value
 
 
 def _listen_address(value: str) -> str:
@@ -376,6 +385,7 @@ Seconds = Annotated[float, BeforeValidator(seconds, json_schema_input_type=float
 Pair = Annotated[tuple[Seconds, Seconds], AfterValidator(_rising)]
 Name = Annotated[str, AfterValidator(_name)]
 DnsAddress = Annotated[str, AfterValidator(_dns_address)]
+SrvName = Annotated[str, AfterValidator(_srv_name)]
 EndpointAddress = Annotated[str, AfterValidator(_endpoint_address)]
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 SpiffeId = Annotated[str, AfterValidator(_spiffe_id)]

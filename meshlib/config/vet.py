@@ -11,14 +11,17 @@ or dangerous, is `warn.py`'s.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
-from . import inbound_vet, levels, secure_vet
+from . import agent_vet, inbound_vet, levels, secure_vet
+from .discover_document import Discover
 from .document import HashPart, RatePart, Sticky
 from .problems import shown
 from .section import Choice
 from .text import Path, Text, dotted
 from .values import DEV_TRUST_DOMAIN, is_loopback, near, some
+
+_WAYS: Final = ("static", "file", "dns", "srv", "registry")
 
 
 def check(text: Text, *, is_dev: bool) -> None:
@@ -43,6 +46,7 @@ def check(text: Text, *, is_dev: bool) -> None:
         levels.check(text, raw, services)
         secure_vet.check(text, raw, services)
         inbound_vet.check(text, raw, services)
+        agent_vet.check(text, raw, services)
 
 
 def _empty(text: Text, raw: Any) -> None:
@@ -61,7 +65,7 @@ def _identity(text: Text, raw: Any, services: Mapping[str, Any], *, is_dev: bool
     modes = [_mapping(service, "secure").get("mode") or secure.get("mode") for service in services.values()]
     needing = [name for name, mode in zip(services, modes, strict=True) if mode in ("permissive", "enforce")]
     if needing and "identity" not in secure and not is_dev and isinstance(raw.get("secure"), dict):
-        hint = "identity: {folder: ./identities}, filled by `meshlib ca issue`; or files, ca, plugin; or `meshlib dev`; or mode: observe"
+        hint = "identity: {folder: ./identities}, filled by `meshlib ca issue`; or another source; or `meshlib dev`; or mode: observe"
         text.refuse(("secure", "identity"), f"is missing, and {some(needing)} can't prove who they are without it", hint)
     for path, value in _walk(raw, ()):
         if value == DEV_TRUST_DOMAIN or (isinstance(value, str) and value.startswith(f"spiffe://{DEV_TRUST_DOMAIN}/")):
@@ -99,13 +103,17 @@ def _discover(text: Text, at: Path, service: Mapping[str, Any]) -> None:
     if not isinstance(discover, dict):
         return
     place = (*at, "discover")
-    ways = [key for key in ("static", "file", "dns") if key in discover]
+    known = list(Discover.model_fields)
+    ways = [key for key in _WAYS if key in discover]
+    unknown = [key for key in discover if key not in known]
+    if "registry" not in discover:
+        for key in unknown:
+            text.refuse((*place, key), "unknown key", f"{near(key, known)}allowed: {', '.join(known)}")
     # A mistyped way is told as what it is, not a second time as a missing one.
-    is_mistyped = not ways and bool(set(discover) - {"every"})
-    if len(ways) != 1 and not is_mistyped:
-        text.refuse(place, f"{' and '.join(ways) or 'nothing'} is given", "exactly one of static, file, dns")
+    if len(ways) != 1 and (ways or not unknown):
+        text.refuse(place, f"{' and '.join(ways) or 'nothing'} is given", f"exactly one of {', '.join(_WAYS)}")
     if "every" in discover and "dns" not in discover:
-        text.refuse((*place, "every"), "only dns is asked again and again", "a file is watched; leave `every` out")
+        text.refuse((*place, "every"), "only dns is asked again and again", "all others tell by themselves; leave `every` out")
     seen: dict[str, int] = {}
     endpoints = _endpoints(service)
     for index, (endpoint, address) in enumerate(endpoints):

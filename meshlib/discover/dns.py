@@ -6,8 +6,8 @@ again, not started again. The system does not tell how long an answer may be kep
 seconds.
 
 A negative answer is an error and not an empty list: a name that vanishes is far more often a fault of DNS than a
-service without endpoints, so the directory keeps the last good addresses and exports their age. SRV records are not
-asked for.
+service without endpoints, so the directory keeps the last good addresses and exports their age. SRV records are
+`srv.py`'s.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class DnsResolver:
             raise OSError(f"{self.host} has no addresses")
         endpoints = tuple(EndpointAddress(_join(address, self.port)) for address in sorted(set(addresses)))
         has_changed = endpoints != self._snapshot.endpoints
+        if not has_changed:
+            endpoints = self._snapshot.endpoints
         self._snapshot = Snapshot(self.service, self._snapshot.version + has_changed, endpoints, self._clock())
         return self._snapshot
 
@@ -82,8 +84,8 @@ def _split(service: str, name: str) -> tuple[str, int]:
     host, colon, port = name.rpartition(":")
     if name.startswith("_"):
         raise ConfigError(
-            f"services.{service}.discover.dns: {name!r} names SRV records, which are not read.",
-            hint='Write the host and port whose A and AAAA records are the endpoints, such as "orders.internal:8443".',
+            f"services.{service}.discover.dns: {name!r} names SRV records.",
+            hint='Write {srv: …} for those; here, a host and port, whose addresses are the endpoints, such as "orders.internal:8443".',
         )
     if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) <= 65535:
         raise ConfigError(

@@ -121,6 +121,8 @@ class Watched(Protocol):
     def identity(self) -> Any: ...
     @property
     def trust(self) -> Any: ...
+    @property
+    def directory(self) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -391,10 +393,22 @@ class Watch:
             "certificate": self._certificate(wall),
             "bundles": self._bundles(),
             "keys": self._keys(),
-            "alarms": self._alarms(),
+            "alarms": self._alarms(now),
+            "agent": self._agent(),
             "in": edges_in,
             "out": edges_out,
             "alerts": [asdict(alert) for alert in self.alerts.recent],
+        }
+
+    def _agent(self) -> dict[str, Any] | None:
+        """What goes by the node agent (`out`) and what comes by it (`in`); None where nothing does."""
+        outbound, handed = getattr(self._mesh, "outbound", None), getattr(self._mesh, "handed", None)
+        delegation = getattr(outbound, "delegation", None)
+        if delegation is None and handed is None:
+            return None
+        return {
+            "out": None if delegation is None else delegation.stats(),
+            "in": None if handed is None else handed.stats(),
         }
 
     def _certificate(self, wall: float) -> dict[str, Any] | None:
@@ -444,10 +458,13 @@ class Watch:
         keys = self._mesh.trust.keys
         return [] if keys is None else [_keys_row(row) for row in keys.stats()]
 
-    def _alarms(self) -> list[dict[str, str]]:
+    def _alarms(self, now: float) -> list[dict[str, str]]:
+        """What isn't well and lasts: about the identity, and about services that this process calls."""
         identity = self._mesh.identity
         standing = () if identity is None else identity.alarms
-        return [{"kind": alarm.kind, "about": shown(alarm.about), "message": shown(alarm.message)} for alarm in standing]
+        told = [(alarm.kind, alarm.about, alarm.message) for alarm in standing]
+        told += [("discovery", service, fault) for service, fault in self._mesh.directory.faults(now).items()]
+        return [{"kind": kind, "about": shown(about), "message": shown(message)} for kind, about, message in told]
 
 
 def _keys_row(row: Mapping[str, Any]) -> dict[str, Any]:

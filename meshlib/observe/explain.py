@@ -43,6 +43,7 @@ def _outbound(record: Record) -> list[str]:
         ("circuit", _circuit(record) if guard else ""),
         ("deadline", seconds(record.get("deadline"))),
         ("idempotent", _idempotent(record)),
+        ("carried", _carried(record)),
     )
     # A guard has its function and no other: nothing was chosen.
     if record.get("candidates") and not guard:
@@ -84,6 +85,24 @@ def _idempotent(record: Record) -> str:
     if record["idempotent"]:
         return "yes, so it may be sent twice" if not _guard(record) else "yes, so it may be called twice"
     return "no, so it is sent again only if nothing of it arrived" if not _guard(record) else "no, so it is called once"
+
+
+# Who sent a delegated attempt: the agent, or this process, and why.
+_CARRIERS = {
+    "agent": "by the node agent",
+    "away": "by this process (the node agent is away)",
+    "gone": "by this process (the node agent could not be reached)",
+    "full": "by this process (the node agent was slow to accept)",
+    "silent": "by this process (the node agent fell silent)",
+    "closed": "by this process (the node agent broke off)",
+    "unable": "by this process (the node agent could not)",
+}
+
+
+def _carried(record: Record) -> str:
+    """Who moved the bytes of each attempt, where the service is delegated."""
+    words = [_CARRIERS.get(str(word), str(word)) for word in record.get("carried") or ()]
+    return words[0] if len(set(words)) == 1 else "; ".join(f"{n}: {word}" for n, word in enumerate(words, 1))
 
 
 def _events(record: Record, events: Sequence[Record]) -> list[str]:

@@ -45,6 +45,12 @@ DISCOVER_AGE = Metric(
     "seconds",
 )
 DISCOVER_FAILURES = Metric("meshlib_discover_failures_total", "counter", "Looks without an answer.", _WHERE)
+DISCOVER_READY = Metric("meshlib_discover_ready", "gauge", "1 once the source has answered in this process.", _WHERE)
+DISCOVER_CHANGES = Metric("meshlib_discover_changes_total", "counter", "Versions of the endpoints that were put in use.", _WHERE)
+DISCOVER_KEPT = Metric("meshlib_discover_kept", "gauge", "Endpoints in use that the source does not tell any more.", _WHERE)
+DISCOVER_CACHE_FAILURES = Metric(
+    "meshlib_discover_cache_failures_total", "counter", "Times that the endpoints could not be kept on disk.", _WHERE
+)
 DISCOVER_HELD = Metric("meshlib_discover_held", "gauge", "1 while an answer that takes away too much is held back.", _WHERE)
 DISCOVER_HOLDS = Metric("meshlib_discover_holds_total", "counter", "Answers that were held back.", _WHERE)
 
@@ -320,6 +326,23 @@ ADMIT_CONNECTIONS_CLOSED = Metric(
     "too many waited; peer: closed by it; unfit: in no state to carry another exchange; shutdown: the client was closed.",
     ("reason",),
 )
+ADMIT_DELEGATED = Metric(
+    "meshlib_admit_delegated_total",
+    "counter",
+    "Attempts of delegated services. By agent: handed to the node agent; the others were sent by this process, since the agent was known "
+    "to be away, was gone, slow to accept (full), silent, had closed the connection under the attempt, or said that it is unable.",
+    ("by",),
+)
+ADMIT_AGENT_UP = Metric("meshlib_admit_agent_up", "gauge", "Whether the node agent answers to this process.")
+ADMIT_AGENT_CHANGES = Metric(
+    "meshlib_admit_agent_changes_total", "counter", "How often the node agent came (up) and went (away).", ("state",)
+)
+SECURE_HANDED = Metric(
+    "meshlib_secure_handed_total",
+    "counter",
+    "Calls with the node agent's word for who calls. Result taken: its secret was right; wrong: it was not, and counts for nothing.",
+    ("result",),
+)
 IDENTITY_SPENT = Metric(
     "meshlib_secure_spent_ratio", "gauge", "Share of the certificate's life that is gone; renewed at 0.5.", (), "ratio"
 )
@@ -387,6 +410,7 @@ URL_PATH: Final = "url.path"
 URL_SCHEME: Final = "url.scheme"
 ERROR_TYPE: Final = "error.type"
 TLS_RESUMED: Final = "tls.resumed"
+CARRIED_BY: Final = "meshlib.carried_by"
 RPC_SYSTEM: Final = "rpc.system.name"
 RPC_METHOD: Final = "rpc.method"
 RPC_METHOD_ORIGINAL: Final = "rpc.method_original"

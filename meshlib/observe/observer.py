@@ -225,6 +225,7 @@ class Observer:
         # What a mesh of a test need not have.
         watch, trust = getattr(mesh, "watch", None), getattr(mesh, "trust", None)
         federation, keys = (None, None) if trust is None else (trust.federation, trust.keys)
+        delegation, handed = mesh.outbound.delegation, getattr(mesh, "handed", None)
         current = None if identity is None else identity.current
         known: dict[str, Any] | None = None
         if identity is not None:
@@ -242,6 +243,8 @@ class Observer:
             jobs=[(job.name, job.runs, job.failures) for job in mesh.keeper.jobs],
             identity=known,
             egress=egress,
+            delegated=None if delegation is None else delegation.stats(),
+            handed=None if handed is None else handed.stats(),
             messages=messages,
             plain=[] if watch is None else watch.plain,
             authorizers=[] if trust is None else trust.authorizers.stats(),

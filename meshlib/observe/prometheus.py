@@ -38,6 +38,8 @@ class Readings:
     checks: Sequence[Row] = ()  # of active health checks: service, failing, checks, failures, skipped
     fallbacks: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by service and word
     egress: Mapping[str, int] = field(default_factory=dict)
+    delegated: Row | None = None  # to the node agent: sent, fallbacks by reason, state, changes
+    handed: Row | None = None  # by the node agent: taken, wrong
     # Of gRPC: sent, received; by side (client, server), service or peer, method.
     messages: Mapping[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
     plain: Sequence[Row] = ()  # who comes in without TLS, as they came: client, requests
@@ -62,6 +64,7 @@ def render(readings: Readings, *, is_openmetrics: bool = False) -> str:
     _process(text, readings)
     _tls(text, readings.tls)
     _pools(text, readings.pools)
+    _agent(text, readings)
     _discover(text, readings.discover)
     _calls(text, readings)
     _limits(text, [row for row in readings.engine if not row["endpoint"] and _is_called(row)])
@@ -125,6 +128,17 @@ def _pools(text: Text, pools: Sequence[Row]) -> None:
     text.add(names.ADMIT_CONNECTIONS_CLOSED, [((reason,), count) for reason, count in closed.items()])
 
 
+def _agent(text: Text, readings: Readings) -> None:
+    delegated, handed = readings.delegated, readings.handed
+    if delegated is not None:
+        by = {"agent": delegated["sent"], **delegated["fallbacks"]}
+        text.add(names.ADMIT_DELEGATED, [((who,), count) for who, count in by.items()])
+        text.add(names.ADMIT_AGENT_UP, [((), int(delegated["state"] == "up"))])
+        text.add(names.ADMIT_AGENT_CHANGES, [((state,), count) for state, count in delegated["changes"].items()])
+    if handed is not None:
+        text.add(names.SECURE_HANDED, [((result,), handed[result]) for result in ("taken", "wrong")])
+
+
 def _named(counts: Mapping[str, int], front: str) -> list[tuple[Labels, float]]:
     """The counts whose name begins so, by the rest of it."""
     return [((name.removeprefix(front),), count) for name, count in counts.items() if name.startswith(front)]
@@ -140,6 +154,13 @@ def _discover(text: Text, rows: Sequence[Row]) -> None:
     text.add(names.DISCOVER_FAILURES, [(at, row["failures"]) for at, row in zip(labels, rows, strict=True)])
     text.add(names.DISCOVER_HELD, [(at, int(row["is_held"])) for at, row in zip(labels, rows, strict=True)])
     text.add(names.DISCOVER_HOLDS, [(at, row["held"]) for at, row in zip(labels, rows, strict=True)])
+    for metric, key in (
+        (names.DISCOVER_READY, "is_ready"),
+        (names.DISCOVER_CHANGES, "changes"),
+        (names.DISCOVER_KEPT, "kept"),
+        (names.DISCOVER_CACHE_FAILURES, "cache_failures"),
+    ):
+        text.add(metric, [(at, int(row[key])) for at, row in zip(labels, rows, strict=True)])
 
 
 def _calls(text: Text, readings: Readings) -> None:

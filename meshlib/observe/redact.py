@@ -24,8 +24,8 @@ REDACTED: Final = "(redacted)"
 LOGGERS: Final = tuple(
     f"meshlib.{name}"
     for name in (
-        *("admit", "agent", "ca", "client", "config", "discover", "egress", "keeper", "mesh", "observe", "retry", "route"),
-        *("secure", "server", "spiffe"),
+        *("admit", "agent", "ca", "client", "config", "consul", "discover", "egress", "etcd", "keeper", "mesh", "observe"),
+        *("retry", "route", "secure", "server", "spiffe"),
     )
 )
 

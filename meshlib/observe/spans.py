@@ -80,16 +80,19 @@ class ClientSpan:
         """How many messages a gRPC call had. To be told before the end."""
         _note_messages(self._span, sent, received)
 
-    def end(self, status: int, error: BaseException | None = None, resumed: bool | None = None) -> None:
+    def end(self, status: int, error: BaseException | None = None, resumed: bool | None = None, by: str = "") -> None:
         """The head came with a status, or (0) no answer came. Only the first end counts.
 
-        `resumed` tells of a TLS handshake that was made for this attempt: was a session taken up again?
+        `resumed` tells of a TLS handshake that was made for this attempt: was a session taken up again? `by` says who carried an
+        attempt that was delegated.
         """
         if self._is_over:
             return
         self._is_over = True
         if resumed is not None:
             self._span.set_attribute(names.TLS_RESUMED, resumed)
+        if by:
+            self._span.set_attribute(names.CARRIED_BY, by)
         _end(self._span, status, error, is_rpc=self._is_rpc, failing=CLIENT_FAILS)
 
 

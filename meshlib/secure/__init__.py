@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .mounted import MountedSource
     from .proof import Parts, prove
     from .sources import identity_source_of
+    from .workload import WorkloadSource
 
 _HOMES = {
     "Alarm": "alarms",
@@ -35,6 +36,7 @@ _HOMES = {
     "MountedSource": "mounted",
     "Parts": "proof",
     "Secret": "files",
+    "WorkloadSource": "workload",
     "identity_source_of": "sources",
     "prove": "proof",
     "renewal_of": "identity",
@@ -53,6 +55,7 @@ __all__ = [
     "MountedSource",
     "Parts",
     "Secret",
+    "WorkloadSource",
     "identity_source_of",
     "prove",
     "renewal_of",

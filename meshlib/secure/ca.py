@@ -453,6 +453,12 @@ class CertificateAuthority:
         with self._current():
             return serial in self._ledger.revoked
 
+    def withdrawn(self, spiffe_id: str) -> Entry | None:
+        """The newest certificate of this ID, if the last word about the ID was that it was taken back."""
+        with self._current():
+            newest = self._ledger.certificates.get(self._ledger.newest.get(spiffe_id, ""))
+            return newest if newest is not None and not self._ledger.is_renewable(newest, self._clock()) else None
+
     # ------------------------------------------------------------------------------------------------ turn over
 
     def begin_rotation(self) -> None:

@@ -309,7 +309,7 @@ class IdentityStore:
 
     async def look(self, now: float) -> None:
         """`refresh`, for the keeper: a source that takes its time is asked on a thread that lives no longer than that."""
-        if self.is_renewing and self._is_due():
+        if self.is_renewing and self.is_due:
             from ..keeper import apart
 
             await apart(lambda: self.refresh(now), "meshlib-identity")
@@ -345,7 +345,7 @@ class IdentityStore:
     def _refresh(self, source: IdentitySource) -> bool:
         """Take what the source says; False if it isn't its turn."""
         wall = self._wall_clock()
-        if self.is_renewing and not self._is_due():
+        if self.is_renewing and not self.is_due:
             # It isn't its turn. What federation has learnt counts all the same.
             if self._loaded is not None:
                 self._take(self._loaded)
@@ -364,8 +364,14 @@ class IdentityStore:
             self._postpone(float(source.refresh_at(loaded, wall)) - wall)  # type: ignore[attr-defined]
         return True
 
-    def _is_due(self) -> bool:
+    @property
+    def is_due(self) -> bool:
+        """Is the source to be asked again, as it said itself? By either clock, since one of them may be set."""
         return self._wall_clock() >= self._due or self._clock() >= self._due_steadily
+
+    def wake(self) -> None:
+        """The source is to be asked at the next look, whenever it wanted to be."""
+        self._postpone(0.0)
 
     def _postpone(self, pause: float) -> None:
         self._due, self._due_steadily = self._wall_clock() + pause, self._clock() + pause

@@ -3,6 +3,7 @@
     identity: {folder: …}                      `meshlib ca issue` fills it                        FolderSource
     identity: {files: {certificate: …, …}}     mounted by Kubernetes, cert-manager or Docker      MountedSource
     identity: {ca: https://…, token: …}        enrolled with `meshlib ca serve`, and renewed      EnrolledSource
+    identity: {agent: true}                    said by the node agent, over its Workload API        WorkloadSource
     identity: {plugin: spiffe, …}              an installed package, found by its entry point
 
 A plugin is loaded only if the configuration names it, and exactly one package may offer that name: two would leave to chance
@@ -12,10 +13,10 @@ who says who we are. Whatever it answers is judged by the store like everything 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import ConfigError, MeshError
+from ..config.plugin import opened
+from ..errors import ConfigError
 from .identity import IdentitySource
 
 if TYPE_CHECKING:
@@ -46,39 +47,32 @@ def identity_source_of(config: Config) -> IdentitySource | None:
         from .enrol import EnrolledSource
 
         return EnrolledSource(choice.ca, choice.state, service, trust_domain, spiffe_id, token=choice.token)
+    if choice.kind == "agent":
+        from .workload import WorkloadSource, agent_uid
+
+        # It is on this machine, and comes back soon: it is asked each second.
+        return WorkloadSource(choice.socket, spiffe_id, uid=agent_uid(), longest=1.0)
     if choice.kind == "plugin":
         return open_plugin(choice.plugin, choice.settings, spiffe_id=spiffe_id, trust_domain=trust_domain)
-    raise ConfigError(f"secure.identity: {choice.kind!r} is no source of identities.", hint="Use folder, files, ca or plugin.")
+    raise ConfigError(
+        f"secure.identity: {choice.kind!r} is no source of identities.", hint="Use folder, files, ca, agent or plugin."
+    )
 
 
 def open_plugin(name: str, settings: Mapping[str, Any], *, spiffe_id: str, trust_domain: str) -> IdentitySource:
     """The source of a name, by its entry point."""
-    points = tuple(entry_points(group=GROUP, name=name))
-    if not points:
-        raise ConfigError(
-            f"secure.identity.plugin: no installed package provides {name!r}.",
-            hint=f"Install the one that does (for spiffe: pip install meshlib-spiffe). It has an entry point in the group {GROUP}.",
-        )
-    if len(points) > 1:
-        offered = ", ".join(sorted(point.value for point in points))
-        raise ConfigError(
-            f"secure.identity.plugin: {name!r} is offered by {len(points)} packages: {offered}.",
-            hint="Uninstall all but the one that you trust with your identity.",
-        )
-    try:
-        factory: Factory = points[0].load()
-        source = factory(dict(settings), spiffe_id=spiffe_id, trust_domain=trust_domain)
-    except MeshError:
-        raise
-    except Exception as error:
-        # Its text may hold what it was given, and that a secret.
-        raise ConfigError(
-            f"secure.identity.plugin: {points[0].value} can't be used: {type(error).__name__}.",
-            hint="Correct its settings, or what is wrong with the installation of that package.",
-        ) from None
+    source, place = opened(
+        GROUP,
+        name,
+        lambda factory: factory(dict(settings), spiffe_id=spiffe_id, trust_domain=trust_domain),
+        at="secure.identity.plugin",
+        example="meshlib-spiffe",
+        trusted_with="identity",
+    )
     if not callable(getattr(source, "load", None)):
         raise ConfigError(
-            f"secure.identity.plugin: {points[0].value} makes no source of identities.",
+            f"secure.identity.plugin: {place} makes no source of identities.",
             hint="It must answer an object with load(); meshlib.testing.check_identity_source checks the rest.",
         )
-    return source
+    found: IdentitySource = source
+    return found

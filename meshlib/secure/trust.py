@@ -52,7 +52,7 @@ class Trust:
 
             jwks.check(sources)
         federation = self.federation
-        relations = _Relations(fresh.trust_domain, tuple(_Relation.of(policy) for policy in fresh.federation.values()))
+        relations = Relations.of(fresh)
         if federation is None and relations.federation:
             from .federation import Federation
 
@@ -167,9 +167,15 @@ class _Relation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Relations:
+class Relations:
+    """The trust domains that the configuration federates with."""
+
     trust_domain: str
     federation: tuple[_Relation, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> Relations:
+        return cls(config.trust_domain, tuple(_Relation.of(policy) for policy in config.federation.values()))
 
 
 def _near(config: Config) -> frozenset[str]:

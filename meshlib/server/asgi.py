@@ -83,6 +83,11 @@ class MeshASGI:
             return
         if way.is_asleep:
             way.rise_quietly()
+        if way.agent is not None:
+            # Another one holds the connection, and tells who is at its end.
+            if not way.agent.is_ready:
+                await way.agent.ready()
+            line = way.agent.line(scope, line, way.door)
         visit = Exchange(way, line, send)
         if line.judge is not None:
             standing = line.judge()
@@ -166,7 +171,7 @@ class MeshASGI:
         """A server that shows no certificates can't prove who calls: in mode enforce nobody would ever get in."""
         name = str(getattr(receive, "__module__", None) or "").partition(".")[0]
         door = self.way.door
-        if name not in WITHOUT_PEERS or door is None or door.mode == "observe":
+        if name not in WITHOUT_PEERS or door is None or door.mode == "observe" or self.way.agent is not None:
             return
         text = f"{name} shows the application no certificate of its callers, so that"
         hint = "Serve it with `meshlib serve`, or with `uvicorn --http meshlib.server.uvicorn:MeshHTTP`, or stay in mode observe."
@@ -187,7 +192,8 @@ class MeshASGI:
         tls = extensions.get("tls") if extensions else None
         line = stranger(client[0] if client else "", port_of(server), is_tls=tls is not None)
         door = self.way.door
-        if not self._is_told and not line.peer.spiffe_id and door is not None and door.mode == "enforce":
+        is_alone = self.way.agent is None
+        if is_alone and not self._is_told and not line.peer.spiffe_id and door is not None and door.mode == "enforce":
             self._is_told = True
             log.warning(
                 "calls come in over connections that another server holds, which proves nobody's identity to us; in mode enforce they are "

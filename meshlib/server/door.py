@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ..observe.edges import Watch
     from ..secure import IdentityStore
     from ..secure.trust import Trust
+    from .handed import Handed
     from .waiting import Room
 
 log = logging.getLogger("meshlib.server")
@@ -100,6 +101,7 @@ class Inside(Protocol):
     room: Room
     ways: WeakSet[InboundWay]
     inbound_rates: InboundRates | None
+    handed: Handed | None
 
     @property
     def identity(self) -> IdentityStore | None: ...
@@ -154,6 +156,10 @@ class Door:
             self._public = 0 if public is None else int(public.rpartition(":")[2])
         return port != 0 and port == self._public
 
+    def is_agents(self, port: int) -> bool:
+        """Does the node agent hand calls over at this socket? They come in plain, and the agent's word stands for their proof."""
+        return port == 0 and bool(self.mesh.config.own.inbound.agent)
+
     def takes_only_plain(self, *, is_public: bool = False) -> bool:
         """True where nothing is to be told apart: plain text is welcome, and there is no identity to serve TLS with."""
         return (is_public or self.mode == "observe") and self._store() is None
@@ -196,7 +202,7 @@ class Door:
             "client_cert_chain": pem,
             "client_cert_name": subject,
             "client_cert_error": None,
-            "tls_version": _VERSIONS.get(version),
+            "tls_version": VERSIONS.get(version),
             "cipher_suite": _CIPHERS.get(cipher.removeprefix("TLS_")),
             # As it is going to be: the certificate itself.
             "client_cert": chain[0] if chain else None,
@@ -345,6 +351,7 @@ def way_into(mesh: Inside) -> InboundWay:
     )
     drain_of(mesh).follow(way)
     way.rates = mesh.inbound_rates
+    way.agent = mesh.handed
     mesh.ways.add(way)
     return way
 
@@ -396,7 +403,7 @@ def _described(chain: tuple[bytes, ...]) -> tuple[tuple[str, ...], str | None, s
         ) from error
 
 
-_VERSIONS: Final = {"TLSv1.2": 0x0303, "TLSv1.3": 0x0304}
+VERSIONS: Final = {"TLSv1.2": 0x0303, "TLSv1.3": 0x0304}
 _CIPHERS: Final = {
     "AES_128_GCM_SHA256": 0x1301,
     "AES_256_GCM_SHA384": 0x1302,

@@ -345,7 +345,7 @@ class MeshSocket:
         if not first:
             self._is_settled = True
             return False
-        if door.admits_plain(first[0], is_public=self.is_public):
+        if door.admits_plain(first[0], is_public=self.is_public or door.is_agents(self.port)):
             door.plain += 1
             self._is_settled = True
             return True

@@ -7,13 +7,17 @@ have them. Who asks for one that can't be had gets none of the others either.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
+from pathlib import Path
 from typing import Final
 
 from ..errors import ListenError
 
 BACKLOG: Final = 2048
+# Who may connect to a UNIX socket of ours: our user, our group and root. What a caller may do is not decided by that.
+SHARED: Final = 0o660
 
 
 class Listeners:
@@ -68,9 +72,11 @@ def _place(sock: socket.socket) -> str:
 
 
 def bind(address: str) -> socket.socket:
-    """A listening socket at "host:port", or the one that was handed over as "fd:3". Raises ListenError with what to do."""
+    """A listening socket at "host:port" or "unix:/path", or the one that was handed over as "fd:3". Raises ListenError with what to do."""
     if address.startswith("fd:"):
         return _inherited(address)
+    if address.startswith("unix:"):
+        return _local(address.removeprefix("unix:"))
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not port.isdigit() or int(port) > 65535:
@@ -92,6 +98,29 @@ def bind(address: str) -> socket.socket:
     except OSError as error:
         sock.close()
         raise ListenError(f"{address} can't be listened on: {error.strerror or error}.", hint=_hint(error.errno, port)) from None
+    return sock
+
+
+def _local(path: str) -> socket.socket:
+    """A UNIX socket for our own user and group. One that nobody listens on any more is left from an earlier process, and goes."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if Path(path).is_socket() and sock.connect_ex(path) == errno.ECONNREFUSED:
+                Path(path).unlink()
+        sock.close()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(path)
+        Path(path).chmod(SHARED)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        hint = (
+            "Another process listens there."
+            if error.errno == errno.EADDRINUSE
+            else "Is its folder there, and may we write to it?"
+        )
+        raise ListenError(f"{path} can't be listened on: {error.strerror or error}.", hint=hint) from None
     return sock
 
 

@@ -83,7 +83,9 @@ def serve(
 
 
 def own_address(mesh: Inside) -> str:
-    """Where mesh.yaml says that this service listens."""
+    """Where mesh.yaml says that this service listens: for the node agent, where that one accepts the connections."""
+    if mesh.config.own.inbound.agent:
+        return f"unix:{mesh.config.own.inbound.agent}"
     listen = mesh.config.own.listen
     if listen is None:
         raise ConfigError(

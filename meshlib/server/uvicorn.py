@@ -91,7 +91,7 @@ class MeshHTTP(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._door.admits_plain(data[0], is_public=self._is_public):
+        if self._door.admits_plain(data[0], is_public=self._is_public or self._door.is_agents(self._port)):
             self._step_aside(data)
             return
         try:

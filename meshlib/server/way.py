@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..secure.custom import Inquiry
     from ..secure.trust import Trust
     from .door import Door
+    from .handed import Handed
 
 __all__ = ["PLAIN", "PLAIN_TLS", "InboundWay"]
 
@@ -64,6 +65,7 @@ class InboundWay:
             "depart",
             "door",
             "draw",
+            "agent",
             "gate",
             "is_asleep",
             "is_closing",
@@ -105,6 +107,8 @@ class InboundWay:
         self.room = room or Room(gate, clock)
         # The rates that all processes share, if there are any.
         self.rates: InboundRates | None = None
+        # What the node agent tells of the connections that it holds for us, where it does.
+        self.agent: Handed | None = None
         self._meter: LoadMeter | None = None
         _ways.add(self)
 
@@ -127,8 +131,8 @@ class InboundWay:
         `target` is the path as it came over the wire, with its query; `headers` is the whole list; `source` the address at the other
         end, `port` our own, `version` that of HTTP, "" and 0 where the server doesn't tell; `arrived` when it came into the process,
         where it has waited for a thread since: its deadline and its time count from there. Where the answer has a `ticket`, it waits
-        for a place (`wait`); where it `has_more`, it goes on with `consent` and `handed`. `asgi.py` takes the same step by
-        `gate.arrive`, which reads a scope where it lies.
+        for a place (`wait`); what else is to be done stands in its `todo`: it goes on with `consent` and `handed`. `asgi.py` takes the
+        same step by `gate.arrive`, which reads a scope where it lies.
         """
         if self.is_asleep:
             self.rise_quietly()
@@ -186,7 +190,7 @@ class InboundWay:
             log.info("%d %s: %s %s by %s: %s", entry.status, entry.reason, shown(method), path, shown(caller), entry.detail)
 
     def handed(self, entry: core.Entry, peer: Peer, headers: Headers, kept: Headers) -> Headers:
-        """The headers for the handler of an entry that `has_more`: `kept`, with what the policy takes out or puts in."""
+        """The headers for the handler of an entry with TODO_HEADERS: `kept`, with what the policy takes out or puts in."""
         from .trusted import handed
 
         return handed(entry, peer, headers, kept)

@@ -67,6 +67,13 @@ class MeshWSGI:
             environ = {**environ, "SCRIPT_NAME": ""}
             environ.pop("HTTP_SCRIPT_NAME", None)
             environ.pop("HTTP_PATH_INFO", None)
+        if way.agent is not None:
+            # Another one holds the connection, and tells who is at its end.
+            if not way.agent.is_ready:
+                if way.is_asleep:
+                    way.rise_quietly()
+                way.agent.ready_blocking()
+            environ = way.agent.environ(environ, way.door)
         headers = headers_of(environ)
         peer, port, is_public = whence(environ)
         arrived = environ.get(ARRIVED) if environ.get(PEER) is peer else None
@@ -93,7 +100,7 @@ class MeshWSGI:
             kept = exchange.attend(todo, headers)
         prefix = environ.get("SCRIPT_NAME")
         if entry.status or (prefix and not _is_under(entry.path, prefix)):
-            if PEER not in environ:
+            if PEER not in environ and way.agent is None:
                 self._tell()
             return exchange.refuse(method)
         exchange.tokens = step_in(exchange)

@@ -314,7 +314,7 @@ def test_a_store_that_can_not_be_opened_is_a_mistake_of_the_configuration(monkey
     """Told by `prepare`, while what was in force still is; an URL is never told."""
     process = Process(Store(0.0), rate())
     process.config.stores = {"redis": {**SETTINGS, "timeout": 1.0}}
-    monkeypatch.setattr(module, "entry_points", lambda **_: ())
+    monkeypatch.setattr("meshlib.config.plugin.entry_points", lambda **_: ())
     process.rates.stores._open = module.open_store
     with pytest.raises(ConfigError, match="no installed package") as caught:
         process.rates.prepare(process.config)

@@ -329,7 +329,7 @@ def test_a_store_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) ->
         values = {"good": "tests.admit.test_limiter:Store", "bad": "tests.admit.test_limiter:broken", "gone": "no_such_module:x"}
         return [EntryPoint(name, values[name], group)] if name in values else []
 
-    monkeypatch.setattr(module, "entry_points", found)
+    monkeypatch.setattr("meshlib.config.plugin.entry_points", found)
     assert type(open_store("good", {})).__name__ == "Store"
     with pytest.raises(ConfigError, match="no installed package"):
         open_store("redis", {})

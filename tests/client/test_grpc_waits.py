@@ -104,7 +104,7 @@ async def test_a_call_that_waits_for_ready_waits_for_the_first_endpoint(world: W
     world.party.knows([world.a.address])
     assert await call == b"x"
     assert [message async for message in stream] == [b"0", b"1"]
-    assert idle(world)
+    await until(lambda: idle(world))
 
 
 async def test_a_call_that_waits_for_ready_waits_for_a_server_to_come_up(world: World, channel: Any) -> None:
@@ -128,7 +128,7 @@ async def test_waiting_for_ready_ends_with_the_deadline(world: World, channel: A
         await channel.unary_unary(ECHO)(b"x", timeout=0.3, wait_for_ready=True)
     assert caught.value.code() in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
     assert 0.25 <= time.monotonic() - begun < 2
-    assert idle(world)
+    await until(lambda: idle(world))
 
 
 async def test_what_was_sent_is_not_waited_for(world: World, channel: Any) -> None:
@@ -239,7 +239,7 @@ async def test_an_attempt_that_takes_too_long_is_tried_elsewhere(world: World, c
     with pytest.raises(grpc.RpcError) as caught:
         await channel.unary_unary(ECHO)(b"x", metadata=IDEMPOTENT)
     assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
-    assert idle(world)
+    await until(lambda: idle(world))
 
 
 @pytest.mark.parametrize("world", [{"more": IN_TURN, "service": "    admit: {in_flight: 1, pending: 8}"}], indirect=True)
@@ -249,7 +249,7 @@ async def test_a_call_waits_for_a_permit_of_the_service(world: World, channel: A
     begun = time.monotonic()
     assert await asyncio.gather(*(channel.unary_unary(ECHO)(b"x") for _ in range(4))) == [b"x"] * 4
     assert time.monotonic() - begun >= 0.19
-    assert idle(world)
+    await until(lambda: idle(world))
 
 
 @pytest.mark.parametrize("world", [{"more": IN_TURN, "service": "    admit: {in_flight: 1, pending: 8}"}], indirect=True)
@@ -260,7 +260,7 @@ def test_threads_wait_for_a_permit_too(world: World, blocking: Any) -> None:
     world.a.delay = world.b.delay = 0.05
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: blocking.unary_unary(ECHO)(b"x"), range(4))) == [b"x"] * 4
-    assert idle(world)
+    wait_for(lambda: idle(world))
 
 
 # ------------------------------------------------------------------------------------------------ retries that nobody stands by for

@@ -128,6 +128,13 @@ def test_every_default_lies_in_its_range_and_has_a_reason() -> None:
         ("secure.case", "sensitive"),
         ("secure.dry_run", False),
         ("secure.authorizer.timeout", 0.5),
+        ("registries.cache", True),
+        ("delegate", "off"),
+        ("agent.socket", "/run/meshlib/agent.sock"),
+        ("agent.data", "/run/meshlib/data.sock"),
+        ("agent.admin", "/run/meshlib/admin.sock"),
+        ("agent.state", "/var/lib/meshlib"),
+        ("agent.workers", 1),
     ],
 )
 def test_the_documented_defaults_are_these(name: str, value: Any) -> None:
@@ -143,8 +150,8 @@ def test_the_schema_is_a_json_schema_of_the_whole_file() -> None:
     assert schema["additionalProperties"] is False
     definitions = schema["$defs"]
     objects = {name: item["additionalProperties"] for name, item in definitions.items() if item["type"] == "object"}
-    # What a store or a source of identities wants to know is its own affair; `meshlib vet` minds all other sources.
-    assert objects == {name: name in ("Store", "IdentityWay") for name in objects}
+    # What a store, a registry or a source of identities wants to know is its own affair; `meshlib vet` minds all other sources.
+    assert objects == {name: name in ("Store", "IdentityWay", "Discover", "Register", "Registry") for name in objects}
     attempts = definitions["Retry"]["properties"]["attempts"]
     assert (attempts["minimum"], attempts["maximum"], attempts["default"]) == (0, 5, 1)
     assert schema["properties"]["deadline"]["anyOf"][0] == {"type": "number", "minimum": 0.001, "maximum": 3600}

@@ -434,7 +434,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
         _secure("identity: {folder: ids, ca: 'https://ca.test'}"),
         "secure.identity",
         "folder and ca is given",
-        "exactly one of folder, files, ca, plugin",
+        "exactly one of folder, files, ca, agent, plugin",
     ),
     "no identity": (_secure("identity: {}"), "secure.identity", "nothing is given", "exactly one of"),
     "identity mistyped": (

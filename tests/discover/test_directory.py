@@ -41,9 +41,30 @@ class Engine:
         self.taken: list[tuple[str, int, list[str]]] = []
         self.rows: list[Row] = []
 
+        self.has: dict[str, tuple[int, dict[str, Row]]] = {}
+        self.amendments = 0
+        self.refused = 0
+
     def resolve(self, service: str, version: int, endpoints: Sequence[Row], now: float) -> None:
-        self.taken.append((service, version, [row[0] for row in endpoints]))
-        self.rows = list(endpoints)
+        self.has[service] = version, {row[0]: row for row in endpoints}
+        self._note(service)
+
+    def amend(self, service: str, base: int, version: int, changed: Sequence[Row], gone: Sequence[str], now: float) -> bool:
+        known, rows = self.has.get(service, (0, {}))
+        if base != known:
+            return False
+        self.amendments += 1
+        self.has[service] = version, {a: row for a, row in rows.items() if a not in gone} | {row[0]: row for row in changed}
+        self._note(service)
+        return True
+
+    def unreachable(self, service: str) -> int:
+        return self.refused
+
+    def _note(self, service: str) -> None:
+        version, rows = self.has[service]
+        self.taken.append((service, version, sorted(rows)))
+        self.rows = list(rows.values())
 
 
 class Names:
@@ -74,8 +95,7 @@ class World:
     def keep(self) -> None:
         """`start`, without the wait for DNS that needs a thread."""
         self.directory._is_started = True
-        for name, entry in self.directory._entries.items():
-            self.directory._keep(name, entry, first=0.0)
+        self.directory._begin(self.directory._entries, first=0.0)
         self.keeper.tick(self.clock.now)
 
     def after(self, seconds: float) -> None:
@@ -272,6 +292,37 @@ def test_dns_that_loses_most_is_held_back_for_five_minutes(tmp_path: Path, caplo
     world.after(6.0)
     assert world.engine.taken[-1] == ("orders", 2, ["10.0.0.1:80"])
     assert (world.row("orders")["is_held"], world.row("orders")["age"]) == (False, 0.0)
+
+
+def test_connects_that_fail_make_dns_be_asked_soon_but_not_often(tmp_path: Path) -> None:
+    """R38: the next look is a second away, not five; a thousand failures a second are one look a second."""
+    names = Names("10.0.0.1")
+    world = World(tmp_path, names)
+    world.follow(DNS)
+    world.keep()
+    looks = 0
+    lookup = names.__call__
+
+    def counted(host: str, port: int) -> list[str]:
+        nonlocal looks
+        looks += 1
+        return lookup(host, port)
+
+    world.directory._entries["orders"].resolver._lookup = counted  # type: ignore[attr-defined]
+    names.answer = ["10.0.0.2"]
+    world.after(1.0)
+    assert looks == 0
+    world.engine.refused = 5
+    world.after(1.0)
+    world.after(0.0)
+    assert (looks, world.engine.taken[-1]) == (1, ("orders", 2, ["10.0.0.2:80"]))
+    world.after(1.0)
+    world.after(0.0)
+    assert looks == 1
+    for _ in range(40):
+        world.engine.refused += 100
+        world.after(0.25)
+    assert looks <= 11
 
 
 def test_confirmed_loss_is_believed_at_once(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshlib.discover import EndpointAddress
-from meshlib.discover.hold import Hold, is_loss
+from meshlib.discover.hold import Table
 
 
 def some(*numbers: int) -> tuple[EndpointAddress, ...]:
@@ -15,6 +17,17 @@ def some(*numbers: int) -> tuple[EndpointAddress, ...]:
 
 
 FOUR = some(1, 2, 3, 4)
+HUNDRED = some(*range(100))
+
+
+def used(table: Table) -> set[EndpointAddress]:
+    return set(table)
+
+
+def table_of(*endpoints: EndpointAddress) -> Table:
+    table = Table()
+    table.replace(endpoints, 0.0)
+    return table
 
 
 @pytest.mark.parametrize(
@@ -30,87 +43,172 @@ FOUR = some(1, 2, 3, 4)
 )
 def test_loss_is_more_than_half_of_the_endpoints(answer: tuple[EndpointAddress, ...], expected: bool) -> None:
     """Counted is how many are left, not which."""
-    assert is_loss(FOUR, answer) is expected
+    table = table_of(*FOUR)
+    table.replace(answer, 1.0)
+    assert table.is_holding is expected
 
 
 def test_first_answer_is_believed_whatever_it_is() -> None:
     """Without anything to lose there is no loss."""
-    assert (Hold().judge((), 0.0), is_loss((), ())) == ((), False)
+    table = table_of()
+    assert (used(table), table.is_holding) == (set(), False)
 
 
 def test_lost_endpoints_are_kept_for_five_minutes() -> None:
-    """The same verdict for 300 s is believed in the end."""
-    hold = Hold()
-    hold.judge(FOUR, 0.0)
-    assert hold.judge(some(1), 10.0) == FOUR
-    assert (hold.is_holding, hold.since, hold.times) == (True, 10.0, 1)
-    assert hold.judge(some(1), 309.9) == FOUR
-    assert hold.judge(some(1), 310.0) == some(1)
-    assert (hold.is_holding, hold.times) == (False, 1)
+    """The same verdict for 300 s is believed in the end, also if nothing more is said."""
+    table = table_of(*FOUR)
+    table.replace(some(1), 10.0)
+    assert (used(table), table.since, table.times) == (set(FOUR), 10.0, 1)
+    table.replace(some(1), 309.9)
+    assert used(table) == set(FOUR)
+    assert table.review(310.0) == {e.address for e in some(2, 3, 4)}
+    assert (used(table), table.is_holding, table.times) == (set(some(1)), False, 1)
+
+
+def test_single_removals_do_not_slip_through() -> None:
+    """A registry whose entries run out one after the other takes away no more than half, also a minute apart from each other."""
+    for pause in (0.01, 2.0):
+        table, now = table_of(*HUNDRED), 0.0
+        for endpoint in HUNDRED[:-1]:
+            now += pause
+            table.change((), [endpoint.address], now)
+        assert (len(table), table.is_holding, table.times) == (50, True, 1)
+
+
+def test_slow_scale_down_is_believed() -> None:
+    """From a hundred to ten over an hour: nowhere is it halved within five minutes."""
+    table, now = table_of(*HUNDRED), 0.0
+    for endpoint in HUNDRED[:60]:
+        now += 20.0
+        table.change((), [endpoint.address], now)
+    for endpoint in HUNDRED[60:90]:
+        now += 80.0
+        table.change((), [endpoint.address], now)
+    assert (len(table), table.times) == (10, 0)
+
+
+def test_rolling_deployment_is_believed_at_once() -> None:
+    """A quarter goes before another comes: what is gone is not used, and nothing is held."""
+    rng = random.Random(3)
+    table, now, fresh = table_of(*HUNDRED), 0.0, 100
+    old = list(HUNDRED)
+    while old:
+        gone = [old.pop() for _ in range(min(25, len(old)))]
+        for endpoint in gone:
+            now += rng.random()
+            table.change((), [endpoint.address], now)
+            assert table.find(endpoint.address) is None
+        for _ in gone:
+            now += rng.random()
+            table.change(some(fresh), (), now)
+            fresh += 1
+    assert (len(table), table.times) == (100, 0)
+
+
+def test_loss_counts_against_what_was_believed_within_the_window() -> None:
+    """Two halvings within five minutes are one loss; the same an hour apart are none."""
+    table = table_of(*HUNDRED)
+    table.replace(HUNDRED[:60], 10.0)
+    table.replace(HUNDRED[:40], 300.0)
+    assert (len(table), table.is_holding) == (60, True)
+    table = table_of(*HUNDRED)
+    table.replace(HUNDRED[:60], 10.0)
+    table.replace(HUNDRED[:40], 320.0)
+    assert (len(table), table.is_holding) == (40, False)
 
 
 def test_answer_that_recovers_ends_the_hold() -> None:
     """A later answer that is no loss is believed at once, and the next loss is held for its own five minutes."""
-    hold = Hold()
-    hold.judge(FOUR, 0.0)
-    hold.judge((), 10.0)
-    assert hold.judge(some(1, 2, 3), 20.0) == some(1, 2, 3)
-    assert hold.is_holding is False
-    assert hold.judge((), 200.0) == some(1, 2, 3)
-    assert (hold.since, hold.times) == (200.0, 2)
+    table = table_of(*FOUR)
+    table.replace((), 10.0)
+    assert table.replace(some(1, 2, 3), 20.0) == {e.address for e in FOUR}
+    assert (used(table), table.is_holding) == (set(some(1, 2, 3)), False)
+    table.replace((), 200.0)
+    assert (used(table), table.since, table.times) == (set(some(1, 2, 3)), 200.0, 2)
 
 
 def test_what_a_held_answer_adds_is_used_at_once() -> None:
     """Held back is only the loss: new endpoints join the old ones, and do not pile up."""
-    hold = Hold()
-    hold.judge(FOUR, 0.0)
-    assert hold.judge(some(5), 10.0) == some(1, 2, 3, 4, 5)
-    assert hold.judge(some(6), 20.0) == some(1, 2, 3, 4, 6)
+    table = table_of(*FOUR)
+    table.replace(some(5), 10.0)
+    assert used(table) == set(some(1, 2, 3, 4, 5))
+    table.replace(some(6), 20.0)
+    assert used(table) == set(some(1, 2, 3, 4, 6))
+    table.change(some(7), (), 30.0)
+    assert (used(table), table.is_holding) == (set(some(6, 7)), False)
 
 
 def test_changed_endpoint_of_a_held_answer_replaces_the_old_one() -> None:
     """The newest word about an address counts."""
-    hold = Hold()
-    hold.judge(FOUR, 0.0)
+    table = table_of(*FOUR)
+    table.replace((), 5.0)
     heavy = EndpointAddress("10.0.0.1:80", weight=5.0)
-    assert hold.judge((heavy,), 10.0) == (heavy, *some(2, 3, 4))
+    assert table.change((heavy,), (), 10.0) == {"10.0.0.1:80"}
+    assert used(table) == {heavy, *some(2, 3, 4)}
 
 
 def test_wavering_answers_do_not_hold_for_ever() -> None:
     """The time counts from the first loss, even if each answer is another one."""
-    hold = Hold()
-    hold.judge(FOUR, 0.0)
+    table = table_of(*FOUR)
     for now in range(10, 310, 10):
-        hold.judge(some(1 + now // 10 % 2), float(now))
-    assert hold.judge(some(2), 310.0) == some(2)
+        table.replace(some(1 + now // 10 % 2), float(now))
+        assert used(table) == set(FOUR)
+    table.replace(some(2), 310.0)
+    assert used(table) == set(some(2))
 
 
-def test_confirmed_loss_is_believed_at_the_next_answer() -> None:
-    """Somebody who knows may end the hold; it holds for one answer only."""
-    hold = Hold()
-    hold.judge(FOUR, 0.0)
-    hold.judge(some(1), 10.0)
-    hold.confirm()
-    assert hold.judge(some(1), 15.0) == some(1)
-    hold.judge(FOUR, 20.0)
-    assert hold.judge(some(1), 25.0) == FOUR
+def test_confirmed_loss_is_believed() -> None:
+    """Somebody who knows may end the hold; the next loss is another one."""
+    table = table_of(*FOUR)
+    table.replace(some(1), 10.0)
+    assert table.confirm(12.0) == {e.address for e in some(2, 3, 4)}
+    assert used(table) == set(some(1))
+    table.replace(FOUR, 20.0)
+    table.replace(some(1), 25.0)
+    assert (used(table), table.times) == (set(FOUR), 2)
 
 
-@given(st.lists(st.tuples(st.sets(st.integers(1, 9)), st.floats(0, 100)), max_size=30))
-def test_service_never_becomes_empty_within_the_hold(steps: list[tuple[set[int], float]]) -> None:
-    """Whatever the answers: in less than 300 s after the last good one, no endpoint count falls below half of it."""
-    hold = Hold()
-    hold.judge(FOUR, 0.0)
-    base, now, since = FOUR, 0.0, None
-    for numbers, step in steps:
+def test_nothing_is_held_of_what_a_person_wrote() -> None:
+    """Files and static lists count as they stand."""
+    table = Table(0.0)
+    table.replace(FOUR, 0.0)
+    table.replace((), 1.0)
+    assert (used(table), table.times) == (set(), 0)
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["whole", "come", "go"]), st.sets(st.integers(1, 12), max_size=8), st.floats(0.0, 120.0)),
+    max_size=40,
+)
+
+
+@given(STEPS)
+def test_what_is_touched_is_what_is_different(steps: list[tuple[str, set[int], float]]) -> None:
+    """Whatever is told: who applies only the touched addresses has the whole; and the service never loses more than half within the hold."""
+    table, mine, now, begun = table_of(*FOUR), {e.address: e for e in FOUR}, 0.0, len(FOUR)
+    for what, numbers, step in steps:
         now += step
-        answer = some(*sorted(numbers))
-        used = hold.judge(answer, now)
-        if is_loss(base, answer):
-            since = now if since is None else since
-            if now - since < 300.0:
-                assert set(base) <= set(used) | set(answer)
-                assert len(used) >= len(base)
-                continue
-        assert used == answer
-        base, since = answer, None
+        endpoints = some(*sorted(numbers))
+        was_held, before = table.is_holding, len(table)
+        if what == "whole":
+            touched = table.replace(endpoints, now)
+        elif what == "come":
+            touched = table.change(endpoints, (), now)
+        else:
+            touched = table.change((), [e.address for e in endpoints], now)
+        for address in touched:
+            found = table.find(address)
+            if found is None:
+                mine.pop(address, None)
+            else:
+                mine[address] = found
+        assert mine == {e.address: e for e in table}
+        assert not set(table.told) & set(table.kept)
+        if table.is_holding and not was_held:
+            begun = before
+        if table.is_holding:
+            assert 2 * len(table) >= begun
+            assert now - (table.since or 0.0) < 300.0
+        else:
+            assert not table.kept
+            assert 2 * len(table) >= before or was_held

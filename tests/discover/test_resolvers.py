@@ -233,8 +233,8 @@ def test_system_resolves_localhost() -> None:
 
 
 def test_names_of_srv_records_are_refused_clearly() -> None:
-    """What isn't supported says so, and says what to write."""
-    with pytest.raises(ConfigError, match=r"SRV records, which are not read.*host and port"):
+    """They stand under another word, which the error says."""
+    with pytest.raises(ConfigError, match=r"SRV records.*srv.*host and port"):
         DnsResolver("orders", "_orders._tcp.internal:1")
 
 

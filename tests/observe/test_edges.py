@@ -42,6 +42,8 @@ class World:
         self.engine = SimpleNamespace(calls=lambda name: self.calls.get(name, 0))
         self.identity = identity
         self.trust = SimpleNamespace(federation=None, keys=None)
+        self.lost: dict[str, str] = {}
+        self.directory = SimpleNamespace(faults=lambda now: self.lost)
         self.now, self.wall = 1000.0, 1_778_000_000.0
         self.mode(mode)
         self.watch = Watch(self, wall=lambda: self.wall)
@@ -423,6 +425,16 @@ def test_a_status_has_both_directions_and_is_plain_data() -> None:
         ("jobs", "unused", 0),
         ("web", "mtls", 3),
     ]
+
+
+def test_services_that_are_found_badly_are_alarms() -> None:
+    """Who calls them is told so beside what is wrong with his identity."""
+    world = World()
+    assert world.watch.status(world.now)["alarms"] == []
+    world.lost = {"stock": "etcd has lost \x1b[2J 4 of 5"}
+    (alarm,) = world.watch.status(world.now)["alarms"]
+    assert (alarm["kind"], alarm["about"]) == ("discovery", "stock")
+    assert "4 of 5" in alarm["message"] and "\x1b" not in alarm["message"]
 
 
 def test_a_forked_child_counts_anew_and_alarms_of_nothing_old() -> None:

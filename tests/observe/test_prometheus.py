@@ -77,13 +77,15 @@ RATE = {
 }
 CHECK = {"service": "orders", "failing": {"127.0.0.1:8102": "503"}, "checks": 50, "failures": 4, "skipped": 1}
 
+TOLD = {"is_ready": True, "changes": 5, "kept": 1, "cache_failures": 2}
+
 FULL = Readings(
     house={"limit": 1024, "waiting": 3},
     engine=[out(), out("127.0.0.1:8101"), out("127.0.0.1:8102", breaker="half_open"), out(service="stock"), GUARD],
     gate=[came_in(), came_in(peer="", method="FROB")],
     discover=[
-        {"service": "orders", "source": "dns", "endpoints": 2, "age": 7.5, "failures": 1, "is_held": True, "held": 3},
-        {"service": "stock", "source": "file", "endpoints": 0, "age": None, "failures": 9, "is_held": False, "held": 0},
+        {"service": "orders", "source": "dns", "endpoints": 2, "age": 7.5, "failures": 1, "is_held": True, "held": 3, **TOLD},
+        {"service": "stock", "source": "file", "endpoints": 0, "age": None, "failures": 9, "is_held": False, "held": 0, **TOLD},
     ],
     jobs=[("reload", 5, 1), ("rotate", 7, 0), ("reload", 2, 2)],
     identity={"rotations": 2, "failures": 1, "not_after": 1_800_000_000.5, "spent": 0.25},
@@ -120,6 +122,8 @@ FULL = Readings(
     bundles=[{"trust_domain": "partner.example", "age": 7.5, "failures": 4}],
     alarms=frozenset({"life", "federation"}),
     alerts={"mtls_lost": 2, "new_peer": 0},
+    delegated={"sent": 7, "fallbacks": {"away": 2, "silent": 1}, "state": "up", "changes": {"up": 2, "away": 1}},
+    handed={"taken": 5, "wrong": 1},
     reloads=1,
     reload_failures=2,
     mesh="shop",
@@ -336,6 +340,10 @@ def test_discovery_tells_age_and_what_is_held_back() -> None:
     assert value(text, "meshlib_discover_held", service="orders", source="dns") == 1
     assert value(text, "meshlib_discover_holds_total", service="orders", source="dns") == 3
     assert value(text, "meshlib_discover_failures_total", service="stock", source="file") == 9
+    assert value(text, "meshlib_discover_ready", service="orders", source="dns") == 1
+    assert value(text, "meshlib_discover_changes_total", service="orders", source="dns") == 5
+    assert value(text, "meshlib_discover_kept", service="orders", source="dns") == 1
+    assert value(text, "meshlib_discover_cache_failures_total", service="orders", source="dns") == 2
 
 
 def test_process_tells_identity_jobs_reloads_and_egress() -> None:

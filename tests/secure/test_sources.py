@@ -15,7 +15,7 @@ import pytest
 
 from meshlib.config.secure_policy import IdentityChoice
 from meshlib.errors import ConfigError, IdentityError
-from meshlib.secure import CertificateAuthority, FolderSource, Identity, MountedSource, identity_source_of, sources
+from meshlib.secure import CertificateAuthority, FolderSource, Identity, MountedSource, identity_source_of
 from meshlib.secure.authority import Service
 from meshlib.secure.enrol import EnrolledSource
 from meshlib.secure.sources import open_plugin
@@ -122,7 +122,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert group == "meshlib.identity"
         return [EntryPoint(name, f"{__name__}:{each}", group) for each in names]
 
-    monkeypatch.setattr(sources, "entry_points", points)
+    monkeypatch.setattr("meshlib.config.plugin.entry_points", points)
     return names
 
 

@@ -124,7 +124,7 @@ class Inside:
     """A mesh, as far as a door looks at it."""
 
     def __init__(self, mode: str, identity: Any) -> None:
-        self.config = SimpleNamespace(own=SimpleNamespace(mode=mode, inbound=SimpleNamespace(public=None)))
+        self.config = SimpleNamespace(own=SimpleNamespace(mode=mode, inbound=SimpleNamespace(public=None, agent="")))
         self.identity = identity
         self.trust = None
         # Who has proved to be somebody, and from where.

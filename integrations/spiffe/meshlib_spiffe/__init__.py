@@ -7,7 +7,9 @@ Nothing is called here by hand: the mesh finds `open_source` by its entry point 
 
 from __future__ import annotations
 
-from .source import WorkloadSource, open_source
+from meshlib.secure.workload import WorkloadSource
+
+from .source import open_source
 
 __all__ = ["WorkloadSource", "open_source"]
 __version__ = "0.1.0"

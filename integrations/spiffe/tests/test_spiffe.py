@@ -20,7 +20,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from meshlib_spiffe import WorkloadSource, open_source
-from meshlib_spiffe import source as source_module
 from spiffe import X509Svid
 from spiffe._proto import workload_pb2 as pb
 from spiffe._proto import workload_pb2_grpc as pg
@@ -29,6 +28,7 @@ import meshlib
 from meshlib.errors import IdentityWithdrawn
 from meshlib.secure import CertificateAuthority, Identity, IdentityStore, certificates
 from meshlib.secure.sources import open_plugin
+from meshlib.secure.workload import watch as source_module
 from meshlib.testing import check_identity_source
 
 TD = "shop.internal"

@@ -35,14 +35,30 @@ from meshlib.call import (
     gone_away,
 )
 
+from ..delegated import BY_AGENT, RESERVED, agent_lost, error_of
+from ..delegated import FAILED as _FAILED
+from ..delegated_agent import AWAY, CLOSED, GONE
+from ..faults import AGENT_CLOSED, outcome_of
 from .links import Link
-from .status import OK, STATUS, failure_of, judge, judge_end, pushback, rpc_error
+from .status import NOT_CONNECTED, OK, STATUS, failure_of, judge, judge_end, pushback, rpc_error
 from .way import Method
 
 # A caller declares with this metadata key that one call may be repeated. It stays here: the next hop declares for itself.
 IDEMPOTENT: Final = "x-mesh-idempotent"
 TRACEPARENT: Final = "traceparent"
-OWN_KEYS: Final = frozenset({IDEMPOTENT, HEADER_ATTEMPT, HEADER_DEADLINE})
+OWN_KEYS: Final = frozenset({IDEMPOTENT, HEADER_ATTEMPT, HEADER_DEADLINE, *(name.decode() for name in RESERVED)})
+FAILED: Final = _FAILED.decode()
+# How gRPC begins the details of a call whose connection broke (since 2025, and before).
+CUT: Final = (
+    "stream removed",
+    "socket closed",
+    "recvmsg",
+    "sendmsg",
+    "connection reset",
+    "broken pipe",
+    "keepalive",
+    "ping timeout",
+)
 TRUE: Final = ("1", "true", b"1", b"true")
 
 # gRPC's timers and ours are not the same clock.
@@ -78,11 +94,13 @@ class Course:
 
     __slots__ = (
         "_asked",
+        "_bare",
         "_call",
         "_end",
         "_extras",
         "_has_begun",
         "_headers",
+        "_is_again",
         "_is_forgotten",
         "_is_idempotent",
         "_is_waiting",
@@ -93,6 +111,7 @@ class Course:
         "_own",
         "_span",
         "_token",
+        "_trail",
         "_way",
         "attempt_end",
         "is_headed",
@@ -139,6 +158,11 @@ class Course:
         self._is_waiting = wait_for_ready
         self._has_begun = self._is_forgotten = self.is_headed = self.is_over = False
         self.sent: Pairs = ()
+        # Of a delegated service: who carried each attempt, what was sent without what is for the agent, and whether the same attempt goes
+        # again, by this process.
+        self._trail: list[str] | None = None
+        self._bare: Pairs = ()
+        self._is_again = False
         # None until `step` or `accompany`.
         self.native: Any = None
         self.link: Link | None = None
@@ -164,7 +188,7 @@ class Course:
     def call(self) -> Call | None:
         """The decisions that were taken for this call. None if it never began."""
         if self._call is None and self.native is not None:
-            self._call = Call(self.native, "POST", self._method.name)
+            self._call = Call(self.native, "POST", self._method.name, self._trail)
         return self._call
 
     @property
@@ -209,6 +233,9 @@ class Course:
         """
         way = self._way
         now = self.now = way.clock()
+        if self._is_again:
+            self._is_again = False
+            return 0.0
         native, visit, trace = self.native, self.visit, None
         try:
             if native is None:
@@ -250,6 +277,8 @@ class Course:
             else:
                 # A first attempt that nobody records and that is part of no trace carries the one that it begins.
                 self.sent = ((TRACEPARENT, trace),)
+            if way.outbound.delegation is not None:
+                self._note()
         except errors.MeshError as error:
             if self._is_waiting and error.reason in NOT_READY and self._wait(now):
                 return self.step()
@@ -308,9 +337,62 @@ class Course:
                 sent = (*sent, *((key.decode(), value.decode()) for key, value in trace))
         self.sent = sent
 
+    def _note(self) -> None:
+        """send: by the node agent, which is told where to."""
+        links, link = self._way.links, self.link
+        if links is None or link is None or links.delegation is None:
+            return
+        self._bare, self._trail = self.sent, self._trail if self._trail is not None else []
+        self.sent = (*self.sent, *link.directions)
+        self._trail.append(BY_AGENT if link.directions else AWAY)
+
+    def _answered_for(self, error: Any, link: Link) -> errors.AttemptFailed | None:
+        """What the node agent says that it met, in place of an answer; or that it failed itself. None of an answer of the endpoint's."""
+        delegation = None if self._way.links is None else self._way.links.delegation
+        code = error.code()
+        for key, value in error.trailing_metadata() or ():
+            if key == FAILED:
+                return error_of(value.encode() if isinstance(value, str) else value, (error.details() or "").encode())
+        if delegation is None or code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return None
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return agent_lost(is_written=True) if delegation.watch.is_overdue else None
+        is_ready, is_down = self._way.standing(link)
+        # gRPC may tell of the call's end before it knows of the connection's. An endpoint that says the same words spares itself blame,
+        # and gets a call again that may be repeated.
+        if is_ready and not (error.details() or "").lower().startswith(CUT) and not delegation.is_gone():
+            return None
+        delegation.watch.soon()
+        return agent_lost(is_written=not (is_down and (error.details() or "").lower().startswith(NOT_CONNECTED)))
+
+    def _goes_by_us(self, why: errors.AttemptFailed, link: Link) -> bool:
+        """The agent failed, and not the endpoint: the same attempt goes again, by this process, if it may."""
+        links, native = self._way.links, self.native
+        # gRPC takes messages of a stream before it knows whether they arrive, and nobody can give them back.
+        is_safe = self._method.is_replayable and (not why.is_written or native.is_idempotent)
+        if links is None or why.reason != AGENT_CLOSED or not is_safe or self._way.clock() >= self._end:
+            return False
+        try:
+            direct = links.take(*link.place, native.connect_timeout, is_own=True)
+        except errors.MeshError:
+            return False
+        reason = CLOSED if why.is_written else GONE
+        if links.delegation is not None:
+            links.delegation.fell_back(reason)
+        if self._trail:
+            self._trail[-1] = reason
+        links.give(link)
+        self.link, self.sent, self._is_again = direct, self._bare, True
+        return True
+
     def fail(self, error: Any) -> bool:
         """The attempt failed before its answer began. True if the call goes on; otherwise it is over."""
         code, now = error.code(), self._way.clock()
+        agents = None
+        if self.link is not None and self.link.directions and not self._way.links.is_closed:  # type: ignore[union-attr]
+            agents = self._answered_for(error, self.link)
+            if agents is not None and self._goes_by_us(agents, self.link):
+                return True
         if self._way.links is not None and self._way.links.is_closed:
             # Its channel was closed under it: no endpoint has failed, and there is nowhere to go on.
             self._end_span(STATUS.get(code, 500), error)
@@ -322,6 +404,8 @@ class Course:
         is_late = now + EARLY >= (self._end if self.attempt_end is None else self.attempt_end)
         why = None if self.link is None or not is_down else self.link.error
         outcome, status = judge(code, error.details(), is_ready=is_ready, is_down=is_down, is_late=is_late, why=why)
+        if agents is not None:
+            outcome, why = outcome_of(agents), agents
         if why is not None:
             error.__cause__ = why
         self._end_span(status, error)
@@ -370,6 +454,9 @@ class Course:
         if code is not grpc.StatusCode.OK or is_cancelled:
             is_ready = code is not grpc.StatusCode.UNAVAILABLE or self._way.standing(self.link)[0]
             outcome, error = judge_end(code, is_ready=is_ready, is_cancelled=is_cancelled), failure_of(code, None)
+            if not is_ready and self.link is not None and self.link.directions:
+                # The agent's connection, which says nothing of the endpoint.
+                outcome = core.OUTCOME_STALE
         self.is_over = True
         self._end_span(STATUS.get(code, 500), error)
         self._count(code)

@@ -26,7 +26,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
@@ -36,9 +36,14 @@ from meshlib import errors
 from meshlib._native import core
 from meshlib.secure import certificates
 
+from ..delegated import directions, is_here
+from ..delegated_agent import GONE
 from ..way import OutboundWay
 from . import relay_thread as threads
 from .relay import Relay
+
+if TYPE_CHECKING:
+    from ..delegated import Delegation
 
 Options = Sequence[tuple[str, Any]]
 READY = grpc.ChannelConnectivity.READY
@@ -52,6 +57,11 @@ STATE_PATIENCE = 0.5
 IDLE = 300.0
 # How much longer than the relay gRPC waits for a connection: the relay's end of the time comes first, since it can say why.
 RELAY_PATIENCE = 0.25
+# Of links by the node agent: seconds to connect; and milliseconds between two pings of a connection with calls, and for the answer. So
+# calls under way at an agent that hangs come to an end. Longer than the watch's, since it ends all of them, and few can be repeated.
+AGENT_PATIENCE: Final = 0.25
+AGENT_PING: Final = 500
+AGENT_SILENCE: Final = 1000
 
 _process = os.getpid()
 # Whether this process has opened a channel; and of a forked one the parent, if that had: its gRPC is of no use here then. gRPC's threads
@@ -73,9 +83,12 @@ os.register_at_fork(after_in_child=_after_fork)
 class Link:
     """The channel to one endpoint, with one generation of our identity. State of the Endpoint, per process (and event loop)."""
 
-    __slots__ = ("calls", "channel", "idle_since", "is_down", "is_left", "methods", "own", "relay")
+    __slots__ = ("calls", "channel", "directions", "idle_since", "is_down", "is_left", "methods", "own", "place", "relay")
 
     def __init__(self, channel: Any, own: Any, relay: Relay | None = None) -> None:
+        # Where it leads, as the engine names it; and what the node agent has to be told, if it leads there.
+        self.place: tuple[str, str] = "", ""
+        self.directions: tuple[tuple[str, str], ...] = ()
         self.channel = channel
         self.own = own  # the generation of our Identity that it shows, None in plain text
         self.relay = relay  # behind which our own TLS is, None where gRPC's is used
@@ -127,7 +140,8 @@ class Links:
         self._outbound = outbound
         self._names = names if isinstance(names, PeerNames) else PeerNames(names or {})
         self._options = tuple(options)
-        self._links: dict[tuple[str, str], Link] = {}
+        # By endpoint and identity, and the agent's socket where they lead by it.
+        self._links: dict[tuple[str, ...], Link] = {}
         # Those that were replaced and have calls.
         self._left: set[Link] = set()
         # Blocking calls whose answer has not begun, and which their caller gave no end.
@@ -140,9 +154,22 @@ class Links:
         self._process = 0
         outbound.carriers.add(self)
 
-    def take(self, address: str, identity: str, connect_timeout: float) -> Link:
-        """The link to an endpoint, counted as in use until `give`. An empty identity means plain text, by configuration."""
+    @property
+    def delegation(self) -> Delegation | None:
+        """Who carries the calls of this service, where that is the node agent."""
+        delegation = self._outbound.delegation
+        return delegation if delegation is not None and self.service in delegation.services else None
+
+    def take(self, address: str, identity: str, connect_timeout: float, *, is_own: bool = False) -> Link:
+        """The link to an endpoint, counted as in use until `give`. An empty identity means plain text, by configuration.
+
+        It leads by the node agent where the service is delegated, unless that one is away or `is_own` says otherwise.
+        """
         self.check_home()
+        if self._outbound.delegation is not None and not is_own:
+            found = self._take_agents(address, identity, connect_timeout)
+            if found is not None:
+                return found
         store = self._outbound.identity
         current = store.current if identity and store is not None else None
         if identity and current is None:
@@ -161,7 +188,31 @@ class Links:
                 return link
             self.give(link)  # it was replaced at this very moment
 
-    def _renew(self, key: tuple[str, str], seen: Link | None, current: Any, connect_timeout: float) -> Link:
+    def _take_agents(self, address: str, identity: str, connect_timeout: float) -> Link | None:
+        """The same by the node agent; None where the service isn't delegated, or the agent can't carry it."""
+        delegation = self.delegation
+        if delegation is None or is_here(address):
+            return None
+        reason = delegation.reach(self._outbound.clock())
+        if reason:
+            delegation.fell_back(reason)
+            return None
+        key = (address, identity, delegation.agent.address)
+        while True:
+            link = self._links.get(key)
+            if link is None or link.is_down:
+                if delegation.is_gone():
+                    delegation.fell_back(GONE)
+                    return None
+                link = self._renew(key, link, None, connect_timeout)
+            link.calls.append(None)
+            link.idle_since = None
+            if not link.is_left:
+                delegation.sent()
+                return link
+            self.give(link)
+
+    def _renew(self, key: tuple[str, ...], seen: Link | None, current: Any, connect_timeout: float) -> Link:
         """A link in the place of one that won't do."""
         with self._lock:
             link = self._links.get(key)
@@ -202,7 +253,7 @@ class Links:
         for call in waiting:
             call.look(now)
 
-    def _drop(self, key: tuple[str, str], link: Link) -> None:
+    def _drop(self, key: tuple[str, ...], link: Link) -> None:
         with self._lock:
             if self._links.get(key) is not link:
                 return
@@ -260,9 +311,28 @@ class Links:
                 )
             self._process = _process
 
-    def _make(self, address: str, identity: str, current: Any, connect_timeout: float) -> Link:
+    def _make_agents(self, address: str, identity: str, socket: str, connect_timeout: float) -> Link:
+        options = [
+            ("grpc.default_authority", self.service),
+            *self._channel_options(AGENT_PATIENCE),
+            ("grpc.keepalive_time_ms", AGENT_PING),
+            ("grpc.keepalive_timeout_ms", AGENT_SILENCE),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.http2.ping_timeout_ms", AGENT_SILENCE),
+        ]
+        link = Link(self._open(socket, None, options), None)
+        assert self.delegation is not None
+        told = directions(address, identity, self.delegation.identity, is_http2=True, connect=connect_timeout)
+        link.place = address, identity
+        link.directions = tuple((name.decode(), value.decode()) for name, value in told)
+        return link
+
+    def _make(self, address: str, identity: str, *rest: Any) -> Link:
         global _has_opened
         _has_opened = True
+        if len(rest) == 3:
+            return self._make_agents(address, identity, rest[0], rest[2])
+        current, connect_timeout = rest
         if identity and self._is_relayed(identity, current):
             return self._make_relayed(address, identity, current, connect_timeout)
         options = self._channel_options(connect_timeout)

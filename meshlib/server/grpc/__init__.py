@@ -62,7 +62,8 @@ def add_port(mesh: Any, server: Any, address: str, *, plain: str | None = None) 
             f"a plain gRPC port ({plain}) beside the one with mutual TLS is for mode permissive; this service's mode is {mode}.",
             hint="Leave `plain` out, or set secure.mode: permissive while callers join the mesh.",
         )
-    if mode == "observe":
+    if mode == "observe" or (address.startswith("unix:") and mesh.config.own.inbound.agent):
+        # What the node agent hands over comes in plain, and with its word for who calls.
         port = _listen(server.add_insecure_port, address)
     else:
         port = _listen(server.add_secure_port, address, _credentials(mesh))

@@ -136,7 +136,7 @@ class _Passage:
             message = self._parsed(request)
             if message is NOTHING:
                 await context.abort(*UNREADABLE)
-            return await self._inner(message, context)
+            return await self._inner(message, exchange.shown(context))
 
     async def stream_aio(self, request: Any, context: Any) -> Any:
         exchange = self.enter(context)
@@ -146,22 +146,22 @@ class _Passage:
             message = self._parsed(request)
             if message is NOTHING:
                 await context.abort(*UNREADABLE)
-            async for response in self._inner(message, context):
+            async for response in self._inner(message, exchange.shown(context)):
                 yield response
 
     def respond(self, request: Any, context: Any) -> Any:
-        with self._met(context):
+        with self._met(context) as exchange:
             message = self._parsed(request)
             if message is NOTHING:
                 context.abort(*UNREADABLE)
-            return self._inner(message, context)
+            return self._inner(message, exchange.shown(context))
 
     def stream(self, request: Any, context: Any) -> Any:
-        with self._met(context):
+        with self._met(context) as exchange:
             message = self._parsed(request)
             if message is NOTHING:
                 context.abort(*UNREADABLE)
-            yield from self._inner(message, context)
+            yield from self._inner(message, exchange.shown(context))
 
     async def nobody_aio(self, request: Any, context: Any) -> None:
         await context.abort(*self._unknown(context))

@@ -14,7 +14,7 @@ import asyncio
 import time
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
@@ -22,8 +22,13 @@ import grpc.aio
 from meshlib._native import core
 from meshlib.call import Peer, Visit
 
+from ..handed import HEADER
+from ..line import PLAIN_TLS
 from ..way import ORDINARY, Headers, InboundWay, step_in, step_out
 from .peer import Callers
+
+if TYPE_CHECKING:
+    from ..handed import Handed
 
 CARRIERS: Final = frozenset({"traceparent", "tracestate", "baggage"})
 FOREVER: Final = 10 * 365 * 86400.0  # a blocking server says "no deadline" with a very large number
@@ -65,10 +70,15 @@ class Reception:
         """
         way = self.way
         now = way.clock()
-        peer = self._peer_of(context.auth_context())
+        peer, address = self._peer_of(context.auth_context()), address_of(context.peer())
         left = context.time_remaining()
         end = None if left is None or left > FOREVER else now + left
         metadata = context.invocation_metadata()
+        if way.agent is not None and any(key == HEADER for key, _ in metadata):
+            context, told = _handed(way.agent, context)
+            metadata = context.invocation_metadata()
+            if told is not None:
+                peer, address = told
         # All of it: the gate knows what the policy asks about, by the same plan with which it judges.
         entry = way.gate.begin_grpc(
             method,
@@ -78,7 +88,7 @@ class Reception:
             end,
             metadata,
             way.wall_clock(),
-            address_of(context.peer()),
+            address,
             can_wait=True,
         )
         exchange = Exchange(way, entry, peer, context, method, metadata)
@@ -170,6 +180,10 @@ class Exchange(Visit):
         if self.span is not None:
             self.span.end(entry.status, _Ended(refused[0]))
 
+    def shown(self, context: Any) -> Any:
+        """The context as the handler sees it: without the node agent's word, which is for us alone."""
+        return self._context if isinstance(self._context, _Handed) else context
+
     def listen(self) -> None:
         """Hear of it when gRPC ends the call. For handlers in threads, whom nobody cancels."""
         # A server of asyncio answers nothing, and calls nobody back (`handlers.py` hears of it in another way).
@@ -225,6 +239,35 @@ class Exchange(Visit):
                 pass  # a stream that was dropped in another context, which never was the handler's
         # What outlives the call keeps its visit, and needs nothing of gRPC's for that.
         self._context = None
+
+
+class _Handed:
+    """The context of a call that was handed over by the node agent. All but its metadata is gRPC's own."""
+
+    __slots__ = ("_context", "_metadata")
+
+    def __init__(self, context: Any, metadata: Any) -> None:
+        self._context = context
+        self._metadata = metadata
+
+    def invocation_metadata(self) -> Any:
+        return self._metadata
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+def _handed(agent: Handed, context: Any) -> tuple[Any, tuple[Peer, str] | None]:
+    """What the node agent says of a call, and the context without that. None if it wasn't the agent who said it."""
+    values, rest = [], []
+    for pair in context.invocation_metadata():
+        if pair[0] == HEADER:
+            values.append(pair[1].encode("latin-1", "replace") if isinstance(pair[1], str) else pair[1])
+        else:
+            rest.append(pair)
+    told = agent.told(values)
+    seen = _Handed(context, tuple(rest))
+    return seen, None if told is None else (PLAIN_TLS if agent.is_over(told) else told.peer, told.address)
 
 
 class _Ended(Exception):  # never raised: a span asks it for a code
@@ -289,6 +332,7 @@ def reception_of(mesh: Any) -> Reception:
     """The way of a mesh for one server."""
     way = InboundWay(mesh.gate, mesh.observer, trust=mesh.trust, room=mesh.room)
     way.rates = mesh.inbound_rates
+    way.agent = getattr(mesh, "handed", None)
     mesh.ways.add(way)
     return Reception(way, Callers(lambda: mesh.identity.current if mesh.identity is not None else None, time.time))
 

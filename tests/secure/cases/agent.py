@@ -1,16 +1,19 @@
-"""What waits for the node agent, and what of the Workload API is a client's? Areas uds_attestation and workload_api.
+"""Who gets an identity over a UNIX socket, and what does a client make of what it is told? Areas uds_attestation and workload_api.
 
-Who serves the Workload API has to attest its callers; that is the agent, which is not there yet. Its client is, in the package
-`meshlib-spiffe`, and is shown a real server of the API that says what the case says.
+The agent is real, and so are its callers (`agent_ground.py`). Clients are the library's own and that of the package `meshlib-spiffe`; both
+are shown a server of the API that says what the case says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
+import socket
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -19,35 +22,102 @@ from unittest import mock
 import grpc
 
 from meshlib.errors import ConfigError, IdentityWithdrawn, MeshError
-from tests.secure.cases.case import Answer, Case, Waits
+from tests.secure.cases.case import Answer, Case, Waits, not_understood
 
 ID = "spiffe://td/ns/default/sa/svc"
+HEADER = {"workload.spiffe.io": "true"}
 
 
 def uds_attestation(case: Case) -> Answer:
-    raise Waits("attestation of callers over a Unix socket belongs to the node agent, which is not there yet")
+    """What the agent makes of who connects, and of where its socket lies."""
+    ground, given, words = _ground(), case.given, case.prose
+    if "dir_mode" in given:
+        mode = int(str(given["dir_mode"]), 8)
+        return ground.started(lambda path: path.parent.chmod(mode))
+    if "stale_socket" in given or "stale" in words:
+        return ground.started(lambda path: _leave(path, words))
+    if "grpcio" in words:
+        return ground.grpcio_knows_the_caller()
+    if case.says("slow"):
+        return ground.slow_reader()
+    if case.says("scm_rights", "fd passed", "handed to another"):
+        return ground.handed_on(is_gone=False)
+    if case.says("recycl", "reuse", "exited", "has ended", "exits", "dead"):
+        return ground.handed_on(is_gone=True)
+    if case.says("replaced", "deleted", "overwritten"):
+        return ground.replaced_program()
+    if "so_peercred" in given and "registered_uid" in given:
+        entry = ground.EntryPolicy("svc", uid=int(given["registered_uid"]))
+        return ground.status(entry, HEADER, uid=int(given["so_peercred"]["uid"]))
+    if "pid" in given and int(given["pid"]) <= 0:
+        return ground.status(ground.EntryPolicy("svc", uid=os.getuid()), HEADER, kernel=ground.NumberZero(int(given["pid"])))
+    raise not_understood(case)
+
+
+def _leave(path: Path, words: str) -> None:
+    """What lies in the socket's place."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    if "another" in words or "other" in words:
+        if os.geteuid() != 0:
+            raise Waits("to give a socket to another user takes root")
+        os.chown(path, 4242, -1)
+
+
+def _ground() -> Any:
+    for name in ("h2", "google.protobuf"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise Waits("the node agent needs the extra [agent]") from None
+    from tests.secure.cases import agent_ground
+
+    return agent_ground
 
 
 def workload_api(case: Case) -> Answer:
-    """What a client meets; the rest is the server's."""
+    """What a client meets, and what the agent answers."""
     given, words = case.given, case.prose
+    if "metadata" in given:
+        ground = _ground()
+        is_known = "no matching" not in str(given.get("peer", "")) and "unknown" not in str(given.get("peer", ""))
+        entry = ground.EntryPolicy("svc", uid=os.getuid() if is_known else os.getuid() + 1)
+        return ground.status(entry, given["metadata"])
     client = ("response", "stream", "SPIFFE_ENDPOINT_SOCKET", "socket", "message", "bundle")
     if not given.keys() & set(client):
-        raise Waits("the server of the Workload API belongs to the node agent, which is not there yet")
-    try:
-        import meshlib_spiffe  # noqa: F401
-    except ImportError:
-        raise Waits("the client of the Workload API is in meshlib-spiffe, which is not installed") from None
+        raise not_understood(case)
     for name in ("SPIFFE_ENDPOINT_SOCKET", "socket"):
         if name in given:
             return _socket(str(given[name]))
     if "stream" in given or "reconnect" in words or "unavailable" in words:
-        return _streams(words)
-    return _answered(words)
+        return [_streams(kind) for kind in _clients()]
+    return [_answered(words, kind) for kind in _clients()]
+
+
+def _own(address: str) -> Any:
+    from meshlib.secure.workload import WorkloadSource
+
+    return WorkloadSource(address, ID, timeout=3)
+
+
+def _spiffe(address: str) -> Any:
+    from meshlib_spiffe import open_source
+
+    return open_source({"socket": address, "timeout": 3}, spiffe_id=ID, trust_domain="td")
+
+
+def _clients() -> list[Callable[[str], Any]]:
+    """Those that are installed. The messages that they are shown are the library's."""
+    try:
+        import meshlib_spiffe  # noqa: F401
+    except ImportError:
+        raise Waits("what clients are shown is made by meshlib-spiffe's library, which is not installed") from None
+    return [_own, _spiffe]
 
 
 def _socket(address: str) -> Answer:
     """The address of the API, from the environment and from the configuration."""
+    _clients()
     from meshlib_spiffe import open_source
 
     outcomes = set()
@@ -58,11 +128,16 @@ def _socket(address: str) -> Answer:
                 outcomes.add("accept")
             except ConfigError:
                 outcomes.add("config_error")
+    try:
+        _own(address).close()
+        outcomes.add("accept")
+    except ConfigError:
+        outcomes.add("config_error")
     return {"config_error", "reject"} if outcomes == {"config_error"} else outcomes
 
 
 @contextlib.contextmanager
-def _api(says: Any) -> Any:
+def _api(says: Any, kind: Callable[[str], Any]) -> Any:
     """A server of the Workload API over a Unix socket. `says` is asked for each stream what it gets, message by message."""
     from spiffe._proto import workload_pb2_grpc as pg
 
@@ -79,9 +154,7 @@ def _api(says: Any) -> Any:
         pg.add_SpiffeWorkloadAPIServicer_to_server(Api(), server)
         server.add_insecure_port(address)
         server.start()
-        from meshlib_spiffe import open_source
-
-        source = open_source({"socket": address, "timeout": 3}, spiffe_id=ID, trust_domain="td")
+        source = kind(address)
         try:
             yield source, Api
         finally:
@@ -107,7 +180,7 @@ def _message(*, whole: bool = True, spiffe_id: str = ID, hint: str = "") -> Any:
     return pb.X509SVIDResponse(svids=[svid])
 
 
-def _answered(words: str) -> Answer:
+def _answered(words: str, kind: Callable[[str], Any]) -> set[str]:
     """A good message first, then the one of the case."""
     from spiffe._proto import workload_pb2 as pb
 
@@ -134,7 +207,7 @@ def _answered(words: str) -> Answer:
         yield then
         time.sleep(0.5)
 
-    with _api(says) as (source, _):
+    with _api(says, kind) as (source, _):
         first = source.load()
         go.set()
         found: set[str] = set()
@@ -153,7 +226,7 @@ def _answered(words: str) -> Answer:
     return found or {"accept"}
 
 
-def _streams(words: str) -> Answer:
+def _streams(kind: Callable[[str], Any]) -> set[str]:
     """The server ends each stream: the client comes again, and less and less often."""
     good = _message()
     times: list[float] = []
@@ -162,7 +235,7 @@ def _streams(words: str) -> Answer:
         times.append(time.monotonic())
         yield good
 
-    with _api(says) as (source, api):
+    with _api(says, kind) as (source, api):
         identity = source.load()
         end = time.monotonic() + 1.2
         while time.monotonic() < end:

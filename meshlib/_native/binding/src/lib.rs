@@ -8,6 +8,7 @@ mod errors;
 mod gate;
 mod jwt;
 mod place;
+mod proxy;
 mod tally;
 mod wire;
 
@@ -18,6 +19,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     gate::register(module)?;
     jwt::register(module)?;
     place::register(module)?;
+    proxy::register(module)?;
     tally::register(module)?;
     wire::register(module)
 }

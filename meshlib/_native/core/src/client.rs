@@ -11,7 +11,7 @@
 //! ```text
 //! client.rs            the engine: the plan, swapped as a whole; a call pins one state of it
 //! client/service.rs    a Service: its compiled plan, and what survives a swap
-//! client/fleet.rs      its endpoints at one moment, and the Backends that they form
+//! client/fleet.rs      its endpoints at one moment, and the Backends that they form; fleet/amend.rs: the next moment's, out of these
 //! client/health.rs     how an endpoint is, and how everybody learns that it changed
 //! client/limits.rs     may the Service have one more call? asked once per call
 //! client/keys.rs       for whom is the call: hashes and rate limits
@@ -19,6 +19,7 @@
 //! client/eligible.rs   what balance sees of the endpoints
 //! client/carried.rs    what an attempt tells the next hop
 //! ```
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -150,14 +151,44 @@ impl Engine {
         let known = self.known.lock().clone();
         let found = known.find(service).ok_or_else(|| Refusal::UnknownService(service.to_owned()))?;
         found.resolve(version, addresses, &known.zone, now);
+        self.count_callers(&known, found);
+        Ok(())
+    }
+
+    /// Take what has changed of a Service's endpoints since the version `base`; false where that is not the version at hand, so that all
+    /// of them have to be told.
+    pub fn amend(
+        &self,
+        service: &str,
+        base: u64,
+        version: u64,
+        changed: &[Address],
+        gone: &[String],
+        now: Duration,
+    ) -> Result<bool, Refusal> {
+        let known = self.known.lock().clone();
+        let found = known.find(service).ok_or_else(|| Refusal::UnknownService(service.to_owned()))?;
+        let is_taken = found.amend(base, version, changed, gone, &known.zone, now);
+        if is_taken {
+            self.count_callers(&known, found);
+        }
+        Ok(is_taken)
+    }
+
+    /// Who else calls from where has changed for all, if it is our own Service.
+    fn count_callers(&self, known: &Known, found: &Service) {
         if found.plan.name == known.zone.service {
-            // Our own Service: who else calls from where has changed for all.
             known.zone.callers.lock().clone_from(&found.fleet().zone_counts());
             for service in self.distinct() {
                 service.fleet().set_callers(&known.zone.callers.lock());
             }
         }
-        Ok(())
+    }
+
+    /// How many connects of a Service's calls have come to nothing so far.
+    pub fn unreachable(&self, service: &str) -> u32 {
+        let known = self.known.lock();
+        known.find(service).map_or(0, |service| service.state.unreachable.load(Ordering::Relaxed))
     }
 
     pub fn service_of(&self, authority: &str) -> Option<String> {

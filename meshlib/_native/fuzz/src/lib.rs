@@ -5,10 +5,13 @@
 //! tens of thousands. It finds what is near a correct message; what is far from it is the fuzzer's part.
 pub mod authority;
 pub mod connection;
+pub mod delegated;
 pub mod http1_chunked;
+pub mod http1_guard;
 pub mod http1_request;
 pub mod http1_response;
 pub mod http2_client;
+pub mod http2_floods;
 pub mod jwks;
 pub mod jws;
 pub mod rules;
@@ -265,6 +268,71 @@ mod tests {
         b"[]",
     ];
 
+    const SERVED: &[&[u8]] = &[
+        b"GET / HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"GET / HTTP/1.0\r\n",
+        b"content-length: 5\r\n",
+        b"Content-Length: 0\r\n",
+        b"transfer-encoding: chunked\r\n",
+        b"transfer-encoding: Chunked \r\n",
+        b"host: other\r\n",
+        b"connection: upgrade\r\nupgrade: websocket\r\n",
+        b"x: y\r\n",
+        b"\r\n",
+        b"hello",
+        b"5\r\nhello\r\n",
+        b"3;a=b\r\nabc\r\n",
+        b"0\r\n\r\n",
+        b"0\r\nx: y\r\n\r\n",
+        b"\r",
+        b"\n",
+        b" ",
+        b"\t",
+        b"\x0b",
+        b"\0",
+        b":",
+        b"+",
+    ];
+    const FLOODS: &[&[u8]] = &[
+        b"\0\0\x01\x01\x05\0\0\0\x01x",
+        b"\0\0\x01\x01\0\0\0\0\x03x",
+        b"\0\0\x04\x03\0\0\0\0\x01\0\0\0\x08",
+        b"\0\0\0\x09\0\0\0\0\x03",
+        b"\0\0\0\x09\x04\0\0\0\x03",
+        b"\0\0\0\0\0\0\0\0\x01",
+        b"\0\0\x03\0\x01\0\0\0\x01abc",
+        b"\0\0\x08\x06\0\0\0\0\0pingpong",
+        b"\0\0\0\x04\0\0\0\0\0",
+        b"\0\0\x04\x08\0\0\0\0\0\0\0\0\x01",
+        b"\xff\xff\xff",
+    ];
+    const DELEGATED: &[&[u8]] = &[
+        b"\xff",
+        b"\xff",
+        b"10.0.0.7:8443\xffspiffe://td/orders\xffhttp2\xff1000\xff",
+        b"[::1]:80\xff-\xffhttp1",
+        b"unix:/run/a.sock\xff-",
+        b"orders",
+        b".internal",
+        b":1",
+        b":65536",
+        b"[",
+        b"]",
+        b"::",
+        b"-",
+        b"0",
+        b"spiffe://td",
+        b"x-mesh-handed",
+        b"x_mesh_handed",
+        b";id=",
+        b",",
+        b"\r\n",
+    ];
+
     /// SplitMix64.
     struct Chance(u64);
 
@@ -335,6 +403,24 @@ mod tests {
     #[test]
     fn frames() {
         tried(8, |chance| http2_client::check(&behind(chance, 1, HTTP2)));
+    }
+
+    #[test]
+    fn requests_that_come() {
+        tried(13, |chance| http1_guard::check(&behind(chance, 1, SERVED)));
+    }
+
+    #[test]
+    fn frames_that_come() {
+        tried(14, |chance| {
+            let again = chance.below(300);
+            http2_floods::check(&[vec![chance.byte()], chance.message(FLOODS).repeat(again)].concat());
+        });
+    }
+
+    #[test]
+    fn words_between_library_and_agent() {
+        tried(15, |chance| delegated::check(&chance.message(DELEGATED)));
     }
 
     #[test]

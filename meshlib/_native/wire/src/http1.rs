@@ -7,6 +7,7 @@
 //!
 //! It does no I/O and keeps no body: what arrives goes to the `Sink` as slices of the caller's buffer.
 pub mod chunked;
+pub mod guard;
 pub mod request;
 pub mod response;
 

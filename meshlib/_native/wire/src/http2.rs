@@ -6,7 +6,9 @@
 //! to its user (`stream.rs`), and what a failure means for the caller: was the request processed or not?
 //!
 //! A reader that stalls can't stop another: the connection's window is the sum of all that its streams may have.
-mod guard;
+pub mod floods;
+pub mod frames;
+pub mod guard;
 pub mod pipe;
 pub mod request;
 pub mod stream;

@@ -7,6 +7,7 @@
 //!
 //! It decides nothing: which endpoint, which identity is expected and what becomes of a failure is mesh-core's.
 pub mod connection;
+pub mod delegated;
 pub mod error;
 pub mod http1;
 pub mod http2;

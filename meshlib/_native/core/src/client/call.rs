@@ -8,6 +8,7 @@
 //! call/choose.rs  who takes the next attempt     call/hedge.rs   a second attempt beside the first
 //! call/learn.rs   what an attempt teaches        call/record.rs  what is left for whoever asks why
 //! ```
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -413,6 +414,9 @@ impl Call {
         self.learn(&service, endpoint, (outcome, status), is_probe, took, pushback, now);
         if outcome != Outcome::Cancelled {
             endpoint.state.counters.note(status, matches!(class, Class::Failure | Class::Dead), took);
+        }
+        if outcome == Outcome::Refused {
+            service.state.unreachable.fetch_add(1, Ordering::Relaxed);
         }
         // The ordinary answer needs no judgement and leaves no words.
         let is_plain = outcome == Outcome::Response && status < 500;

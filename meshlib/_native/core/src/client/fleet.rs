@@ -24,6 +24,8 @@ use crate::balance::stride::Stride;
 use crate::model::{seconds, Address, BalancePlan, BalancePolicy, LocalityPolicy, OrcaPlan, StickyKind, WeightSource};
 use crate::random::Random;
 
+mod amend;
+
 pub type Labels = BTreeMap<String, String>;
 
 /// The largest weight of a round robin counts for so many times the mean at most: in a large fleet, where a turn that takes too many steps
@@ -63,6 +65,7 @@ pub struct Fleet {
 }
 
 /// Tier: Endpoint. One address of one moment.
+#[derive(Clone)]
 pub struct Endpoint {
     pub state: Arc<EndpointState>,
     at: u32,
@@ -168,6 +171,13 @@ impl Fleet {
                 found_identity: numbers.identity(&mut fleet.identities, &found.identity),
             });
         }
+        fleet.settle(service, old, now);
+        fleet
+    }
+
+    /// What follows from the endpoints: counts, tables, backends.
+    fn settle(&mut self, service: &Service, old: &Fleet, now: Duration) {
+        let (plan, fleet) = (&service.plan, self);
         let weights = || fleet.endpoints.iter().map(|e| e.weight).filter(|weight| *weight > 0.0);
         let mut top = weights().fold(0.0, f32::max);
         if plan.balance.policy == BalancePolicy::RoundRobin {
@@ -188,7 +198,6 @@ impl Fleet {
         if plan.balance.weights == WeightSource::Orca {
             fleet.weigh(service, now);
         }
-        fleet
     }
 
     /// From here on it is the newest, and each endpoint's place is its place in this one. What changed since it was compiled is counted
@@ -353,17 +362,6 @@ impl Fleet {
         for (_, backend) in self.subsets.lock().iter() {
             backend.share_zones(self);
         }
-    }
-
-    pub fn addresses(&self) -> Vec<Address> {
-        let back = |e: &Endpoint| Address {
-            address: self.address(e).to_owned(),
-            weight: f64::from(e.weight),
-            zone: self.zone_of(e).to_owned(),
-            labels: self.labels.get(e.labels as usize).map_or_else(Labels::new, |labels| (**labels).clone()),
-            identity: self.identities.get(e.found_identity as usize).map_or_else(String::new, |i| i.to_string()),
-        };
-        self.endpoints.iter().map(back).collect()
     }
 
     /// What an endpoint said of itself, where that counts, or discovery of it.

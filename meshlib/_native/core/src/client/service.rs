@@ -56,8 +56,12 @@ pub struct ServiceState {
     pub changes: AtomicU32,
     /// The newest fleet: a call that pins an older plan tells this one what it learns.
     newest: Mutex<Arc<Fleet>>,
+    /// Those that were replaced, and that calls still have.
+    retired: Mutex<Vec<Arc<Fleet>>>,
     pub hedges: AtomicU32,
     pub panics: AtomicU32,
+    /// Connects that came to nothing: whoever knows where the endpoints are should look again.
+    pub unreachable: AtomicU32,
     pub refusals: Refusals,
 }
 
@@ -114,7 +118,7 @@ impl Service {
             Self { text, plan, routes, state, zone, has_hedges, start, fleet: Mutex::new(Arc::new(Fleet::default())) };
         if let Some(known) = known {
             let fleet = known.fleet();
-            service.install(fleet.version, &fleet.addresses(), &fleet, whole, now);
+            service.install(whole, || Fleet::compile(&service, fleet.version, &fleet.addresses(), &fleet, now));
         }
         service
     }
@@ -126,13 +130,31 @@ impl Service {
     pub fn resolve(&self, version: u64, addresses: &[Address], whole: &Zone, now: Duration) {
         let old = self.fleet();
         if version >= old.version {
-            self.install(version, addresses, &old, whole, now);
+            self.install(whole, || Fleet::compile(self, version, addresses, &old, now));
         }
     }
 
-    fn install(&self, version: u64, addresses: &[Address], old: &Fleet, whole: &Zone, now: Duration) {
+    /// Endpoints that are new or not as before, and addresses that are gone; false where what is known is not the version `base`.
+    pub fn amend(
+        &self,
+        base: u64,
+        version: u64,
+        changed: &[Address],
+        gone: &[String],
+        whole: &Zone,
+        now: Duration,
+    ) -> bool {
+        let old = self.fleet();
+        let is_fitting = base == old.version && version > base;
+        if is_fitting {
+            self.install(whole, || Fleet::amend(self, version, changed, gone, &old, now));
+        }
+        is_fitting
+    }
+
+    fn install(&self, whole: &Zone, make: impl FnOnce() -> Fleet) {
         let changes = self.state.changes.load(Ordering::Acquire);
-        let fleet = Arc::new(Fleet::compile(self, version, addresses, old, now));
+        let fleet = Arc::new(make());
         fleet.set_callers(&whole.callers.lock());
         // Nobody is ejected or comes back from here on; what happened while it was compiled is counted again.
         let mut ejected = self.state.ejected.lock();
@@ -146,8 +168,7 @@ impl Service {
         suspects.retain(|state| fleet.place_of(state).is_some());
         self.state.suspect_count.store(suspects.len() as u32, Ordering::Release);
         drop(suspects);
-        // Tables of many endpoints are freed where nobody waits for it.
-        drop((before, newest));
+        self.state.retire([before, newest]);
     }
 
     /// The fleet of the newest plan and the newest snapshot: not ours, where a call outlives its plan.
@@ -162,6 +183,7 @@ impl Service {
 
     /// What is computed once a second, off the request's path.
     pub fn tend(&self, now: Duration) {
+        self.state.retire([]);
         if let Some(latency) = self.state.latency.get() {
             latency.refresh(now);
         }
@@ -217,7 +239,32 @@ impl Service {
     }
 }
 
+/// Fleets at most that wait for the last call to be done with them.
+const MOST_RETIRED: usize = 16;
+
 impl ServiceState {
+    /// A fleet that was replaced is freed here, when no call has it any more, and not by the last of those calls: that would wait for ten
+    /// thousand endpoints.
+    fn retire<const N: usize>(&self, replaced: [Arc<Fleet>; N]) {
+        let mut retired = self.retired.lock();
+        for fleet in replaced {
+            if !retired.iter().any(|known| Arc::ptr_eq(known, &fleet)) {
+                retired.push(fleet);
+            }
+        }
+        let all = std::mem::take(&mut *retired);
+        let (used, unused): (Vec<_>, Vec<_>) = all.into_iter().partition(|fleet| Arc::strong_count(fleet) > 1);
+        let excess = used.len().saturating_sub(MOST_RETIRED);
+        *retired = used.into_iter().skip(excess).collect();
+        drop(retired);
+        drop(unused);
+    }
+
+    #[cfg(test)]
+    pub fn retired_count(&self) -> usize {
+        self.retired.lock().len()
+    }
+
     /// A probe is due then, or earlier.
     pub fn probe_at(&self, until: Duration) {
         self.next_probe.fetch_min(nanos(until), Ordering::AcqRel);

@@ -6,6 +6,7 @@ use super::*;
 use crate::model::Outcome::{self, Cancelled, Refused, Reset, Response, Stale};
 use crate::model::Pushback;
 
+mod amending;
 mod balancing;
 mod checks;
 mod guards;

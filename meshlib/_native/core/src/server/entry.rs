@@ -166,15 +166,6 @@ impl Entry {
         self.facts.as_deref().is_some_and(|facts| facts.is_from_proxy)
     }
 
-    /// There is more to do than to let it in: an authorizer or a store of rates to ask, or headers to take out or put in.
-    pub fn has_more(&self) -> bool {
-        self.is_from_proxy()
-            || !self.token_header().is_empty()
-            || self.xfcc() != Xfcc::Sanitize
-            || !self.authorizer().is_empty()
-            || self.wants_rates()
-    }
-
     /// Our own SPIFFE ID.
     pub fn identity(&self) -> &str {
         self.snapshot.as_ref().map_or("", |snapshot| &snapshot.identity)

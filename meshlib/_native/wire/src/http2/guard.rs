@@ -7,97 +7,75 @@
 //!
 //! The first frame is looked at too, because "this is HTTP/1.1" helps whoever configured the service, and "PROTOCOL_ERROR" doesn't.
 use crate::error::{Error, ErrorKind, Result};
+use crate::http2::frames::{Frame, Frames, ACK, DATA, PING, SETTINGS};
 
 /// PING and SETTINGS frames that a peer may send for nothing; a keep-alive each second fits the longest life of a connection.
-const ALLOWANCE: u32 = 1000;
+pub const ALLOWANCE: u32 = 1000;
 /// What one request earns: the peer may measure the way it takes.
 pub const REQUEST: u32 = 10;
 
-const HEADER: usize = 9;
-const DATA: u8 = 0;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const ACK: u8 = 1;
-
 pub struct Guard {
-    header: [u8; HEADER],
-    /// Bytes of the header that are here, and bytes of payload that are still to come.
-    have: usize,
-    payload: usize,
+    frames: Frames,
+    /// Frames that began.
+    seen: u64,
     allowance: u32,
-    frames: u64,
 }
 
 impl Default for Guard {
     fn default() -> Self {
-        Guard { header: [0; HEADER], have: 0, payload: 0, allowance: ALLOWANCE, frames: 0 }
+        Guard { frames: Frames::default(), seen: 0, allowance: ALLOWANCE }
     }
 }
 
 impl Guard {
     pub fn earn(&mut self, allowance: u32) {
-        self.allowance = (self.allowance + allowance).min(ALLOWANCE);
+        self.allowance = earned(self.allowance, allowance);
     }
 
     /// The peer's first frame, its SETTINGS, has come whole.
     pub fn is_greeted(&self) -> bool {
-        self.frames > 1 || (self.frames == 1 && self.payload == 0)
+        self.seen > 1 || (self.seen == 1 && self.frames.is_whole())
     }
 
-    pub fn read(&mut self, mut bytes: &[u8]) -> Result<()> {
-        while !bytes.is_empty() {
-            if self.payload > 0 {
-                let skipped = self.payload.min(bytes.len());
-                self.payload -= skipped;
-                bytes = bytes.get(skipped..).unwrap_or_default();
-                continue;
+    pub fn read(&mut self, bytes: &[u8]) -> Result<()> {
+        let Guard { frames, seen, allowance } = self;
+        frames.read(bytes, |frame| {
+            *seen += 1;
+            if *seen == 1 && (frame.kind != SETTINGS || frame.has(ACK)) {
+                return Err(stranger(&frame.head));
             }
-            let taken = (HEADER - self.have).min(bytes.len());
-            let (piece, rest) = bytes.split_at_checked(taken).unwrap_or((bytes, &[]));
-            if let Some(room) = self.header.get_mut(self.have..self.have + taken) {
-                room.copy_from_slice(piece);
-            }
-            self.have += taken;
-            bytes = rest;
-            if self.have == HEADER {
-                self.have = 0;
-                self.judge()?;
-            }
-        }
-        Ok(())
+            *allowance = judged(*allowance, frame)?;
+            Ok(())
+        })
     }
+}
 
-    fn judge(&mut self) -> Result<()> {
-        let [high, middle, low, kind, flags, ..] = self.header;
-        self.payload = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
-        self.frames += 1;
-        if self.frames == 1 && (kind != SETTINGS || flags & ACK != 0) {
-            return Err(self.stranger());
-        }
-        match kind {
-            DATA => self.earn(1),
-            PING | SETTINGS if flags & ACK == 0 => match self.allowance.checked_sub(1) {
-                Some(left) => self.allowance = left,
-                None => {
-                    return Err(Error::protocol("The peer sent too many PING or SETTINGS frames that nobody needed."));
-                }
-            },
-            _ => {}
-        }
-        Ok(())
-    }
+/// So much may be sent for nothing after something was asked or came.
+pub fn earned(allowance: u32, more: u32) -> u32 {
+    (allowance + more).min(ALLOWANCE)
+}
 
-    fn stranger(&self) -> Error {
-        let what = match self.header {
-            [b'H', b'T', b'T', b'P', ..] => "it speaks HTTP/1.1",
-            [0x14..=0x17, 3, ..] => "it speaks TLS",
-            _ => "it speaks something else",
-        };
-        Error::new(
-            ErrorKind::Protocol,
-            format!("The peer does not speak HTTP/2: {what}."),
-            "Likely cause: the service is configured for HTTP/2, but what listens at this address isn't. Set the protocol of the \
-             service to http/1.1, or switch HTTP/2 on at the server.",
-        )
+/// So much may still be sent for nothing after this frame. Fails on the one that is too many.
+pub fn judged(allowance: u32, frame: &Frame) -> Result<u32> {
+    match frame.kind {
+        DATA => Ok(earned(allowance, 1)),
+        PING | SETTINGS if !frame.has(ACK) => allowance
+            .checked_sub(1)
+            .ok_or_else(|| Error::protocol("The peer sent too many PING or SETTINGS frames that nobody needed.")),
+        _ => Ok(allowance),
     }
+}
+
+fn stranger(head: &[u8]) -> Error {
+    let what = match head {
+        [b'H', b'T', b'T', b'P', ..] => "it speaks HTTP/1.1",
+        [0x14..=0x17, 3, ..] => "it speaks TLS",
+        _ => "it speaks something else",
+    };
+    Error::new(
+        ErrorKind::Protocol,
+        format!("The peer does not speak HTTP/2: {what}."),
+        "Likely cause: the service is configured for HTTP/2, but what listens at this address isn't. Set the protocol of the \
+         service to http/1.1, or switch HTTP/2 on at the server.",
+    )
 }

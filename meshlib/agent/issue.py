@@ -1,0 +1,387 @@
+"""Which identities has this node, and how do they stay fresh?
+
+One for each service that an entry names, however many entries name it: got from who vouches for it (`authorities.py`), renewed at
+half of its life give or take a tenth of that, with an alarm at three quarters. Each is an `IdentityStore`, which keeps the last good
+one until it ends, tries again with growing pauses, and gives up at once what was taken back. JWT-SVIDs are made when a workload asks
+for one, for minutes, and given again to who asks for the same until half of that is over: the CA's audit log has a line for each.
+
+Each store is asked on one of a few threads, so that a CA that hangs holds up neither the loop nor what others ask. What changed is
+told to those who `watch`, on the loop.
+
+Who may have which identity is not known here: `entries.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import IdentityError, MeshError
+from ..keeper import Keeper, shared
+from ..secure.ca import RENEWED_LIFE
+from ..secure.federation import Federation
+from ..secure.identity import Identity, IdentityStore
+from ..secure.jwt_svid import Handed
+from ..secure.trust import Relations
+from .authorities import NO_KEYS, Authority, Embedded, Enrolled
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from .entries import Entry
+
+log = logging.getLogger("meshlib.agent")
+
+# Seconds between two looks. What a look finds is told within that.
+LOOK: Final = 0.5
+# Threads that ask, and seconds that a token may take before the one who wants it is told to come again.
+THREADS: Final = 4
+PATIENCE: Final = 10.0
+# Tokens that are kept to be given again, and new ones for one identity in a minute: each is a line in the CA's audit log.
+MOST_TOKENS: Final = 1024
+TOKENS_A_MINUTE: Final = 120
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One identity, by its SPIFFE ID. `told`: the generation that who watches has heard of."""
+
+    service: str
+    spiffe_id: str
+    store: IdentityStore
+    token: Any = None
+    asking: asyncio.Task[None] | None = None
+    told: Identity | None = None
+    # What was in force for all when it was looked at last.
+    seen: tuple[object, ...] = ()
+    # The minute in which tokens were made last, and how many.
+    minute: tuple[int, int] = (0, 0)
+
+
+@dataclass(slots=True)
+class _Token:
+    handed: Handed = field(repr=False)
+    serial: str
+    stale: float
+
+
+class Issuer:
+    """State of the agent: the identities of its entries. All methods but `look` are called on the agent's loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        life: float = RENEWED_LIFE,
+        keeper: Keeper | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._wall_clock = wall_clock
+        self._keeper = keeper or shared()
+        self._authority = _authority_of(config, life, wall_clock)
+        self._federation: Federation | None = None
+        self._held: dict[str, _Held] = {}
+        self._by_service: dict[str, str] = {}
+        self._tokens: OrderedDict[tuple[str, tuple[str, ...]], _Token] = OrderedDict()
+        self._callbacks: list[Callable[[], None]] = []
+        self._told: tuple[object, ...] = ()
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="meshlib-issue")
+        self._looking: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self.follow(config)
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    def check(self) -> None:
+        """Raise what would keep every identity from being issued. Blocks."""
+        self._authority.check()
+
+    def follow(self, config: Config) -> None:
+        """Take over the entries and federation of a configuration; who vouches stays the same. Raises before anything has changed."""
+        assert config.agent is not None
+        wanted: dict[str, tuple[str, Any]] = {}
+        by_service: dict[str, str] = {}
+        for entry in config.agent.entries:
+            spiffe_id = config.services[entry.service].identity
+            by_service[entry.service] = spiffe_id
+            _, token = wanted.get(spiffe_id, ("", None))
+            wanted[spiffe_id] = (entry.service, token or entry.token)
+        federation = self._federation_of(config)
+        held: dict[str, _Held] = {}
+        for spiffe_id, (service, token) in wanted.items():
+            old = self._held.get(spiffe_id)
+            if old is not None and (old.service, old.token) == (service, token) and old.store.federation is federation:
+                held[spiffe_id] = old
+                continue
+            source = self._authority.source_of(service, spiffe_id, token)
+            store = IdentityStore(source, mode="enforce", federation=federation, wall_clock=self._wall_clock)
+            held[spiffe_id] = _Held(service, spiffe_id, store, token)
+        for spiffe_id, old in self._held.items():
+            if held.get(spiffe_id) is not old:
+                old.store.close()
+        self._held, self._by_service = held, by_service
+        for key in [key for key in self._tokens if key[0] not in held]:
+            del self._tokens[key]
+
+    async def start(self, patience: float, progress: Callable[[int, int], None] | None = None) -> None:
+        """Ask for every identity once, for so many seconds at most, and go on asking when they are due."""
+        if self._federation is not None:
+            self._federation.jobs()
+            self._keeper.start()
+        self.look()
+        end = asyncio.get_running_loop().time() + patience
+        while left := [held.asking for held in self._held.values() if held.asking is not None]:
+            pause = end - asyncio.get_running_loop().time()
+            if pause <= 0:
+                break
+            await asyncio.wait(left, timeout=min(pause, 1.0))
+            if progress is not None:
+                progress(sum(held.store.current is not None for held in self._held.values()), len(self._held))
+        self._tell()
+        self._looking = asyncio.create_task(self._look_always(), name="meshlib-issue")
+
+    async def close(self) -> None:
+        """Ask no more. What is in force stays in memory until the process ends."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        if self._federation is not None:
+            self._federation.cancel()
+        for held in self._held.values():
+            held.store.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._authority.close()
+
+    def look(self) -> None:
+        """Ask whoever is due, and wait for nobody."""
+        loop = asyncio.get_running_loop()
+        federated = None if self._federation is None else self._federation.bundles
+        seen = (self._authority.version, federated)
+        for held in self._held.values():
+            if held.asking is not None:
+                continue
+            is_changed = not held.seen or any(one is not other for one, other in zip(seen, held.seen, strict=True))
+            if is_changed:
+                held.seen = seen
+                held.store.wake()
+            if is_changed or held.store.is_due:
+                held.asking = loop.create_task(self._ask(held))
+        if self._asking is None:
+            self._asking = loop.create_task(self._ask_authority())
+
+    async def _look_always(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK)
+            self.look()
+            self._tell()
+
+    async def _ask(self, held: _Held) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._pool, held.store.refresh, time.monotonic())
+        except Exception:
+            log.exception("the identity of %s could not be looked at", held.service)
+        finally:
+            held.asking = None
+
+    async def _ask_authority(self) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._pool, self._authority.look, self._own())
+        except (MeshError, OSError):
+            pass  # told by `alarms`
+        except Exception:
+            log.exception("the CA could not be looked at")
+        finally:
+            self._asking = None
+
+    # ------------------------------------------------------------------------------------------------ what is (workload.Identities)
+
+    def identity_of(self, entry: Entry) -> Identity | None:
+        held = self._held.get(self._by_service.get(entry.service, ""))
+        return None if held is None else self._current(held)
+
+    @property
+    def identities(self) -> Mapping[str, Identity]:
+        """Those that are in force and have not ended, by SPIFFE ID."""
+        found = ((held.spiffe_id, self._current(held)) for held in self._held.values())
+        return MappingProxyType({spiffe_id: current for spiffe_id, current in found if current is not None})
+
+    def id_of(self, entry: Entry) -> str:
+        """The SPIFFE ID that an entry stands for."""
+        return self._by_service.get(entry.service, "")
+
+    def bundles(self) -> Mapping[str, bytes]:
+        own = self._own()
+        found = {} if self._federation is None else dict(self._federation.bundles)
+        roots = own.bundles.get(self._authority.trust_domain, b"") if own is not None else self._authority.bundle
+        return {**found, self._authority.trust_domain: roots} if roots else found
+
+    def crls(self) -> Mapping[str, bytes]:
+        own = self._own()
+        return {} if own is None else dict(own.crls)
+
+    def jwt_bundles(self) -> Mapping[str, bytes]:
+        found = {self._authority.trust_domain: self._authority.token_keys or NO_KEYS}
+        if self._federation is not None:
+            for name in self._federation.bundles:
+                known = self._federation.bundle_of(name)
+                if known is not None:
+                    found[name] = known.jwt
+        return found
+
+    async def jwt(self, entry: Entry, audiences: Sequence[str]) -> tuple[str, str]:
+        held = self._held.get(self._by_service.get(entry.service, ""))
+        identity = None if held is None else self._current(held)
+        if held is None or identity is None:
+            raise IdentityError(f"{entry.service} has no identity now.", hint="The agent's log says why.", reason="jwt.identity")
+        named = tuple(dict.fromkeys(audiences))
+        key, now = (identity.spiffe_id, named), self._wall_clock()
+        kept = self._tokens.get(key)
+        if kept is not None and kept.serial == identity.serial and now < kept.stale:
+            return kept.handed.text, ""
+        self._count(held)
+        asked = asyncio.get_running_loop().run_in_executor(self._pool, self._authority.jwt, identity, held.service, named)
+        try:
+            handed = await asyncio.wait_for(asked, PATIENCE)
+        except IdentityError as error:
+            if error.reason != "jwt.audience":
+                log.warning("no JWT-SVID for %s: %s", held.service, error)
+            raise
+        except (MeshError, OSError, TimeoutError) as error:
+            text = "it took too long" if isinstance(error, TimeoutError) else str(error)
+            log.warning("no JWT-SVID for %s: %s", held.service, text)
+            raise IdentityError(f"there is no token for {held.service} now: {text}.", reason="jwt.failed") from error
+        self._tokens[key] = _Token(handed, identity.serial, now + max(0.0, handed.expires - now) / 2)
+        while len(self._tokens) > MOST_TOKENS:
+            self._tokens.popitem(last=False)
+        return handed.text, ""
+
+    def watch(self, callback: Callable[[], None]) -> Callable[[], None]:
+        self._callbacks.append(callback)
+
+        def leave() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return leave
+
+    # ------------------------------------------------------------------------------------------------ how it is
+
+    @property
+    def alarms(self) -> list[tuple[str, str]]:
+        """What isn't well: whom it is about ("" for all), and what it is."""
+        found = [("", self._authority.trouble)] if self._authority.trouble else []
+        for held in self._held.values():
+            found += [(held.service, alarm.message) for alarm in held.store.alarms if alarm.kind != "federation"]
+            error = held.store.last_error
+            if error is not None:
+                found.append((held.service, str(error)))
+            elif held.store.current is None:
+                found.append((held.service, "there is no identity yet"))
+        if self._federation is not None:
+            found += [("", f"the bundle of {name}: {fault}") for name, fault in self._federation.faults().items()]
+        return list(dict.fromkeys(found))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each identity, without anything secret."""
+        now = self._wall_clock()
+        return [_row(held, self._current(held), now) for held in sorted(self._held.values(), key=lambda held: held.spiffe_id)]
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    def _current(self, held: _Held) -> Identity | None:
+        current = held.store.current
+        return current if current is not None and self._wall_clock() < current.not_after else None
+
+    def _own(self) -> Identity | None:
+        """Of what is in force, what was confirmed last: its trust is the newest. It may also be shown to the CA."""
+        found = [current for held in self._held.values() if (current := self._current(held)) is not None]
+        return max(found, key=lambda identity: identity.generation, default=None)
+
+    def _count(self, held: _Held) -> None:
+        minute = int(time.monotonic() // 60)
+        made = held.minute[1] if held.minute[0] == minute else 0
+        if made >= TOKENS_A_MINUTE:
+            raise IdentityError(
+                f"{held.service} has asked for {made} different tokens within a minute.",
+                hint="Ask for few audiences, and show a token until it ends.",
+                reason="jwt.many",
+            )
+        held.minute = minute, made + 1
+
+    def _tell(self) -> None:
+        """Call those back who watch, if anything has changed since."""
+        for held in self._held.values():
+            current = self._current(held)
+            if current is None and held.told is not None:
+                log.error("%s has no identity any more", held.service)
+            elif current is not None and held.told is None:
+                log.info("%s: %s until %s", held.service, held.spiffe_id, _moment(current.not_after))
+            held.told = current
+        state = (tuple(held.told for held in self._held.values()), dict(self.jwt_bundles()), dict(self.bundles()))
+        if state == self._told:
+            return
+        self._told = state
+        for callback in tuple(self._callbacks):
+            try:
+                callback()
+            except Exception:
+                log.exception("a callback on the change of identities failed")
+
+    def _federation_of(self, config: Config) -> Federation | None:
+        relations = Relations.of(config)
+        if self._federation is not None:
+            self._federation.follow(relations)
+        elif relations.federation:
+            self._federation = Federation(relations, self._keeper, own=lambda: {self._authority.trust_domain: self._own_roots()})
+            if self._looking is not None:
+                self._federation.jobs()
+                self._keeper.start()
+        return self._federation
+
+    def _own_roots(self) -> bytes:
+        own = self._own()
+        return self._authority.bundle if own is None else own.bundles.get(self._authority.trust_domain, b"")
+
+
+def _authority_of(config: Config, life: float, wall_clock: Callable[[], float]) -> Authority:
+    agent = config.agent
+    assert agent is not None
+    if agent.ca is not None:
+        return Embedded(agent.ca, config.trust_domain, config.secure.namespace, life, wall_clock=wall_clock)
+    return Enrolled(agent.enrol, agent.state / "identities", config.trust_domain, wall_clock=wall_clock)
+
+
+def _row(held: _Held, current: Identity | None, now: float) -> dict[str, Any]:
+    store = held.store
+    row: dict[str, Any] = {
+        "service": held.service,
+        "spiffe_id": held.spiffe_id,
+        "serial": None,
+        "not_after": None,
+        "left": None,
+        "spent": None,
+        "rotations": store.rotations,
+        "failures": store.failures,
+        "is_overdue": store.is_overdue,
+        "alarms": [alarm.message for alarm in store.alarms],
+        "error": "" if store.last_error is None else str(store.last_error),
+    }
+    if current is not None:
+        spent = round(min(1.0, max(0.0, current.spent(now))), 3)
+        row |= {"serial": current.serial, "not_after": current.not_after, "left": current.not_after - now, "spent": spent}
+    return row
+
+
+def _moment(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(when))
+
+
+def services_of(entries: Iterable[Entry]) -> tuple[str, ...]:
+    """Whom the entries name, each once, in their order."""
+    return tuple(dict.fromkeys(entry.service for entry in entries))

@@ -1,0 +1,438 @@
+"""How does the daemon begin, change and end?
+
+    check     the configuration, who vouches, the state folder, the rights that the entries need, every socket and address. All that
+              is wrong is told at once, and nothing is served
+    begin     each identity is asked for once; then the sockets accept, and whoever started us is told so
+    reload    SIGHUP, or the file's text has changed: entries, federation, addresses, admins. What can't be used changes nothing.
+              Sockets, state, workers and who vouches count from the next start, which is said
+    end       SIGTERM or SIGINT: nothing new is accepted, streams and connections are told to go elsewhere, what is under way may end
+              within `GRACE`; the second signal ends it at once. A socket that systemd has opened stays open: who connects meanwhile
+              waits for the next process, which has the same secrets
+
+It starts no process and writes no file but for its state folder and its sockets. Whether the loop still turns is told to systemd's
+watchdog, where there is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import resource
+import signal
+import stat
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from .._native import core
+from ..config import Config, examine, load
+from ..errors import ConfigError, ListenError, MeshError, Problem
+from ..keeper import apart
+from ..secure.ca import RENEWED_LIFE
+from . import attest, report, sockets
+from .acceptor import Acceptor
+from .admin import Admin
+from .data import DataPlane, Handover, Proxy, bound, doors_of
+from .entries import Entries
+from .issue import Issuer
+from .systemd import ALIVE, READY, STOPPING, Notifier
+from .workload import WorkloadApi
+
+log = logging.getLogger("meshlib.agent")
+
+# Seconds for what is under way when the agent ends, and for every identity to be asked for when it begins.
+GRACE: Final = 25.0
+FIRST: Final = 20.0
+# Seconds between two looks at the configuration's file, and at what the data path has to know.
+LOOK: Final = 1.0
+# Open files that the unit of systemd gives it, too.
+DESCRIPTORS: Final = 65_536
+# After so many seconds of anything a person is told what it waits for.
+SOON: Final = 2.0
+
+# What counts from the next start only.
+_FIXED: Final = ("socket", "data", "admin", "state", "workers", "ca", "enrol")
+_CAP_SYS_PTRACE: Final = 19
+
+T = TypeVar("T")
+
+
+def configured(file: str | os.PathLike[str] | None = None) -> Config:
+    """The configuration as the agent reads it. Raises ConfigError with every mistake."""
+    examined = examine(file)
+    node = examined.document.agent
+    if node is None:
+        raise ConfigError(
+            f"{examined.file} has no section agent.",
+            hint="Write one, such as agent: {ca: ca, entries: [{service: orders, uid: 1001}]}.",
+        )
+    # The agent is none of the services: it reads what all of them have in common, with the eyes of one.
+    service = node.entries[0].service if node.entries else next(iter(examined.services))
+    return load(examined.file, service=service)
+
+
+class Agent:
+    """State of the process: the daemon, from `check` to the end of `run`. `life` is that of certificates of an embedded CA."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        life: float = RENEWED_LIFE,
+        grace: float = GRACE,
+        proxy: Callable[[int], Proxy] | None = None,
+        say: Callable[[str], None] = log.info,
+        notifier: Notifier | None = None,
+    ) -> None:
+        assert config.agent is not None
+        self.config = config
+        self.is_draining = False
+        self.began = time.monotonic()
+        self.reloads = self.reload_failures = 0
+        # Why the configuration of now isn't in force, and what of it isn't yet.
+        self.fault = self.late = ""
+        self._begun_with = config.agent
+        self._life = life
+        self._grace = grace
+        self._make_proxy = proxy
+        self._say = say
+        self._notifier = notifier or Notifier()
+        self._tried = _digest(config.file)
+        self._listening: dict[str, sockets.Listening] = {}
+        self._signals = 0
+        self._told_to_end = asyncio.Event()
+        self._told_at_once = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self.acceptors: dict[str, Acceptor] = {}
+        self.issuer: Issuer
+        self.data: DataPlane
+        self.entries: Entries
+
+    # ------------------------------------------------------------------------------------------------ check
+
+    def check(self) -> None:
+        """Make all parts, and open every socket. Raises MeshError with everything that is wrong, and leaves nothing open then."""
+        policy = self.config.agent
+        assert policy is not None
+        faults: list[Problem] = []
+
+        def tried(key: str, work: Callable[..., T], *details: Any) -> T | None:
+            try:
+                return work(*details)
+            except MeshError as error:
+                faults.append(Problem(str(self.config.file), self._line_of(key), key, error.message, error.hint))
+            except OSError as error:
+                faults.append(Problem(str(self.config.file), self._line_of(key), key, str(error)))
+            return None
+
+        who = "agent.ca" if policy.ca is not None else "agent.enrol"
+        issuer = tried(who, lambda: Issuer(self.config, life=self._life))
+        if issuer is not None:
+            tried(who, issuer.check)
+        handover = tried("agent.state", Handover, policy.state)
+        tried("agent.entries", refuse_open, self.config.file)
+        tried("agent.entries", refuse_blind, self.config)
+        given = tried("LISTEN_FDS", sockets.inherited) or {}
+        for name, key, path in (
+            ("workload", "socket", policy.socket),
+            ("data", "data", policy.data),
+            ("admin", "admin", policy.admin),
+        ):
+            mode = 0o666 if name == "admin" and policy.admins else sockets.MODES[name]
+            opened = tried(f"agent.{key}", _socket, name, Path(path), mode, given)
+            if opened is not None:
+                self._listening[name] = opened
+        for door in doors_of(self.config):
+            found = tried(f"services.{door.name}.listen", bound, door.name, door.address)
+            if found is not None:
+                found.close()  # it is opened again when there is an identity to show
+        if faults:
+            for listening in self._listening.values():
+                listening.close()
+            raise MeshError("the agent can't start:\n" + "\n".join(map(str, faults)), reason="agent.start")
+        assert issuer is not None
+        assert handover is not None
+        self.issuer = issuer
+        self.entries = Entries(policy.entries)
+        # The last: nothing of it runs before all is right.
+        make: Callable[[int], Proxy] = self._make_proxy or core.Proxy
+        self.data = DataPlane(make(policy.workers), self.issuer, self.entries, handover)
+
+    def _line_of(self, key: str) -> int:
+        with contextlib.suppress(MeshError):
+            return examine(self.config.file).text.line_of(tuple(key.split(".")))
+        return 1
+
+    # ------------------------------------------------------------------------------------------------ serve
+
+    async def run(self) -> bool:
+        """Serve until somebody says to end; True if nothing was cut."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.end)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
+        self._tasks: set[asyncio.Task[Any]] = set()
+        api = WorkloadApi(self.entries, self.issuer)
+        attestor = attest.Attestor(self.entries.wants_digest)
+        workload = Acceptor(
+            self._listening["workload"].sock, attestor, api.serve, on_refused=lambda plug: api.serve(plug, None), name="workload"
+        )
+        data = Acceptor(self._listening["data"].sock, attestor, self.data.on_caller, name="data")
+        self.acceptors = {"workload": workload, "data": data}
+        assert self.config.agent is not None
+        self.admin = Admin(self._listening["admin"].sock, report.view_of(self), self.config.agent.admins)
+        try:
+            await self.admin.start()
+            await self._begin()
+            await workload.start()
+            await data.start()
+            for line in report.lines_of(self):
+                self._say(line)
+            self._notifier.tell(READY, status=self._status())
+            self._spawn(self._look_always())
+            self._spawn(self._live())
+            await self._told_to_end.wait()
+            return await self._drain(api, workload, data)
+        finally:
+            for task in tuple(self._tasks):
+                task.cancel()
+            await self.issuer.close()
+            await self.admin.close()
+            for listening in self._listening.values():
+                listening.close()
+
+    def end(self) -> None:
+        """Told once, it drains; told twice, it goes."""
+        self._signals += 1
+        self._told_to_end.set()
+        if self._signals > 1:
+            self._told_at_once.set()
+
+    async def _begin(self) -> None:
+        said = time.monotonic()
+
+        def progress(done: int, of: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= SOON:
+                said = time.monotonic()
+                self._say(f"waiting for identities: {done} of {of}")
+                self._notifier.tell(status=f"waiting for identities: {done} of {of}")
+
+        asking = asyncio.ensure_future(self.issuer.start(FIRST, progress))
+        ending = asyncio.ensure_future(self._told_to_end.wait())
+        await asyncio.wait({asking, ending}, return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        if not asking.done():
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        elif (error := asking.exception()) is not None:
+            raise error
+        for about, message in self.issuer.alarms:
+            log.warning("%s%s", f"{about}: " if about else "", message)
+        self.data.follow(self.config)
+        self.issuer.watch(self.data.look)
+
+    async def _drain(self, api: WorkloadApi, workload: Acceptor, data: Acceptor) -> bool:
+        self.is_draining = True
+        self._notifier.tell(STOPPING, status="draining")
+        end = time.monotonic() + self._grace
+        log.info("the agent ends: what is under way has %g s", self._grace)
+        # A call that waits in a queue that nobody reads would be reset at our end, and its caller could not know that it was not sent.
+        queue = self._listening["data"]
+        queue.refuse()
+        await data.close(1.0, with_queue=not queue.is_inherited)  # who has connected is handed on before the data path closes
+        self.data.drain()
+        gone = asyncio.ensure_future(self._told_at_once.wait())
+        closing = asyncio.ensure_future(workload.close(min(SOON, self._grace)))
+        await asyncio.sleep(0)  # it accepts no more
+        await api.drain()
+        # On a thread that may be left behind: a second signal doesn't wait for it.
+        stopping = asyncio.ensure_future(apart(lambda: self.data.proxy.stop(self._grace), "meshlib-stop"))
+        try:
+            while not stopping.done() and not gone.done():
+                await asyncio.wait({stopping, gone}, timeout=SOON, return_when=asyncio.FIRST_COMPLETED)
+                if not stopping.done() and not gone.done():
+                    count = len(self.data.proxy.connections())
+                    self._say(f"waiting for {count} connections, {max(0.0, end - time.monotonic()):.0f} s at most")
+            if not gone.done():
+                await asyncio.wait({closing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            closing.cancel()
+            await asyncio.gather(closing, gone, return_exceptions=True)
+        is_whole = stopping.done() and not stopping.cancelled() and stopping.exception() is None and stopping.result()
+        if not is_whole:
+            log.warning("connections of the data path were cut")
+        return is_whole
+
+    # ------------------------------------------------------------------------------------------------ meanwhile
+
+    async def reload(self) -> bool:
+        """Take over the configuration as it is now; what can't be used changes nothing, and is told."""
+        async with self._reloading:
+            self._notifier.reloading()
+            self._tried = _digest(self.config.file)
+            try:
+                fresh = await asyncio.to_thread(configured, self.config.file)
+                self._adopt(fresh)
+            except Exception as error:
+                self.reload_failures += 1
+                self.fault = str(error) or type(error).__name__
+                is_ours = isinstance(error, MeshError)
+                log.error("the configuration can't be used, and the last good one stays: %s", error, exc_info=not is_ours)
+                return False
+            finally:
+                self._notifier.tell(READY, status=self._status())
+            self.reloads += 1
+            self.fault = ""
+            log.info("configuration %s, %d entries", fresh.file, len(fresh.agent.entries) if fresh.agent else 0)
+            return True
+
+    def _adopt(self, fresh: Config) -> None:
+        new = fresh.agent
+        assert new is not None
+        if fresh.trust_domain != self.config.trust_domain:
+            raise ConfigError(
+                f"the trust domain is another one: {fresh.trust_domain} instead of {self.config.trust_domain}.",
+                hint="Restart the agent: every identity of this node changes with it.",
+            )
+        refuse_open(fresh.file)
+        refuse_blind(fresh)
+        self.issuer.follow(fresh)
+        self.entries.replace(new.entries)
+        self.data.readmit(lost_identities(self.config, fresh))
+        self.data.follow(fresh)
+        self.admin.admins = frozenset(new.admins)
+        self.config = fresh
+        self.issuer.look()
+        late = [f"agent.{key}" for key in _FIXED if getattr(self._begun_with, key) != getattr(new, key)]
+        self.late = f"{', '.join(late)}: counts when the agent is restarted" if late else ""
+        if late:
+            log.warning("%s", self.late)
+
+    async def _look_always(self) -> None:
+        """At the configuration's file, whose content is compared, and at what could not be done for the data path."""
+        while True:
+            await asyncio.sleep(LOOK)
+            try:
+                self.data.look()
+                if _digest(self.config.file) != self._tried:
+                    await self.reload()
+            except Exception:
+                log.exception("the agent could not look at its parts")
+
+    async def _live(self) -> None:
+        """Tell the watchdog that the loop turns."""
+        every = self._notifier.watchdog
+        while every is not None:
+            self._notifier.tell(ALIVE, status=self._status())
+            await asyncio.sleep(every)
+
+    def _status(self) -> str:
+        alarms = report.alarms_of(self)
+        first = f"; {alarms[0][1]}" if alarms else ""
+        return f"{len(self.issuer.identities)} of {len(self.issuer.rows())} identities{first}"[:200]
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def serve(
+    file: str | os.PathLike[str] | None = None,
+    *,
+    say: Callable[[str], None] = print,
+    life: float = RENEWED_LIFE,
+    grace: float = GRACE,
+) -> bool:
+    """Run the agent of a configuration in this process, until it is told to end; True if nothing was cut. Raises MeshError."""
+    config = configured(file)
+    _take_descriptors()
+
+    async def run() -> bool:
+        agent = Agent(config, say=say, life=life, grace=grace)
+        agent.check()
+        return await agent.run()
+
+    return asyncio.run(run())
+
+
+def _take_descriptors() -> None:
+    """As many as the system lets us have: a connection of the Workload API takes two, and the usual 1,024 are gone with 500 callers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
+
+
+# ---------------------------------------------------------------------------------------------------- what is looked at first
+
+
+def refuse_blind(config: Config) -> None:
+    """Entries that no process could ever match, since the agent may not see what they ask for."""
+    assert config.agent is not None
+    others = sorted({entry.uid for entry in config.agent.entries if entry.uid != os.geteuid()})
+    if others and not has_capability(_CAP_SYS_PTRACE):
+        raise MeshError(
+            f"there are entries for processes of other users (uid {', '.join(map(str, others))}), and this process lacks the right"
+            " to see which program they run (/proc/<pid>/exe).",
+            hint="Give it CAP_SYS_PTRACE: AmbientCapabilities= in its unit, or by hand setpriv --inh-caps +sys_ptrace"
+            " --ambient-caps +sys_ptrace. Or run it as the user of these processes, or as root.",
+            reason="agent.rights",
+        )
+
+
+def lost_identities(old: Config, fresh: Config) -> set[str]:
+    """The SPIFFE IDs of which an entry is gone or asks for something else: who had them by it may have lost them."""
+    assert old.agent is not None
+    assert fresh.agent is not None
+    return {old.services[entry.service].identity for entry in old.agent.entries if entry not in fresh.agent.entries}
+
+
+def refuse_open(file: Path) -> None:
+    """A configuration that others may change: whoever writes an entry is any service of this node."""
+    place = Path(os.path.realpath(file))
+    for path in (place, place.parent):
+        found = path.stat()
+        is_open = bool(found.st_mode & 0o022)
+        if path != place and (found.st_mode & stat.S_ISVTX or os.statvfs(path).f_flag & os.ST_RDONLY):
+            is_open = False  # nobody can take our file away there, or put another one in its place
+        if is_open or found.st_uid not in {0, os.geteuid()}:
+            raise MeshError(
+                f"{path} may be changed by other users (mode {stat.S_IMODE(found.st_mode):04o}, user {found.st_uid}), who could give"
+                " themselves any identity of this node.",
+                hint=f"chmod go-w {path}, and let it belong to root or to user {os.geteuid()}.",
+                reason="agent.open_file",
+            )
+
+
+def has_capability(number: int) -> bool:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    found = next((line for line in status.splitlines() if line.startswith("CapEff:")), "CapEff: 0")
+    return bool(int(found.split()[1], 16) >> number & 1)
+
+
+def _socket(name: str, path: Path, mode: int, given: dict[str, sockets.Listening]) -> sockets.Listening:
+    found = given.get(name)
+    if found is None:
+        return sockets.open_socket(path, mode)
+    if found.path != path:
+        raise ListenError(
+            f"systemd has opened {found.path}, and the configuration says {path}.",
+            hint="Services look for it where the configuration says: correct ListenStream= in the socket's unit, or the file.",
+        )
+    return found
+
+
+def _digest(file: Path) -> bytes:
+    try:
+        return hashlib.sha256(file.read_bytes()).digest()
+    except OSError as error:
+        return str(error.errno).encode()

@@ -1,0 +1,223 @@
+"""How do others find this process?
+
+While it serves, its entry in a registry is kept by a task on the keeper's loop; when it begins to end, the entry is taken out before the
+listeners close, so that callers go elsewhere while whoever comes is still served. The registry's package knows how an entry is made and
+kept alive; here is decided when, under which address, and after how long again when that failed (`pace.py`, as for watches; and not
+before a watch of the same process is due for its next try, where none of them lives). A process that dies leaves its entry to the
+registry's own time limit.
+
+Who leaves has the last word: what waited for the registry meanwhile, or is said while the entry is taken out, enters nothing; whoever
+begins anew says so after that.
+
+Each process has an entry of its own, also where several share a listener: it goes with the process, and not with the first of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Final
+
+from meshlib.errors import ConfigError
+from meshlib.keeper import Keeper
+
+from .pace import LEAST, Delays
+from .registries import Registries
+from .registry import Instance, Registration, Registry
+
+logger = logging.getLogger("meshlib.discover")
+
+# Seconds that taking the entry out may take: the drain waits no longer for anybody.
+LEAVE: Final = 5.0
+
+# Seconds after which an entry that is kept without an error counts as made: longer than a try that comes to nothing.
+SETTLED: Final = 10.0
+
+_EVERYWHERE: Final = ("", "0.0.0.0", "::", "*")
+
+
+class Registrar:
+    """The entry of this process. State of the Service that we are."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        registries: Registries,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        source: random.Random | None = None,
+    ) -> None:
+        self._keeper = keeper
+        self._registries = registries
+        self._clock = clock
+        self._random = source or random.SystemRandom()
+        self._wanted: tuple[Instance, str, dict[str, Any]] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._registration: Registration | None = None
+        self._registry: Registry | None = None  # whose it is
+        # Raised by everybody who decides; who has waited since then asks whether he still has a say.
+        self._turn = 0
+        self._leaving = 0
+        self.failures = 0
+        self.error = ""
+        keeper.on_fork(self._after_fork)
+
+    @property
+    def instance(self) -> Instance | None:
+        """What is entered, or is tried to be."""
+        return None if self._wanted is None else self._wanted[0]
+
+    async def keep(self, instance: Instance, registry: str, settings: Mapping[str, Any]) -> None:
+        """From now on this one, in the registry as it is open now; harmless to say again. On the keeper's loop."""
+        wanted = instance, registry, dict(settings)
+        is_running = self._task is not None and not self._task.done() and self._task.get_loop() is asyncio.get_running_loop()
+        # Closed by a reload that changed its settings, it would go on by itself: with those of before, and perhaps elsewhere.
+        is_current = self._wanted == wanted and (self._registry is None or self._registries.is_open(self._registry))
+        if self._leaving or (is_current and is_running):
+            return
+        self._turn = mine = self._turn + 1
+        if not is_current:
+            await self._take_out()
+            if mine != self._turn:
+                return
+        self._wanted = wanted
+        self._task = asyncio.get_running_loop().create_task(self._keep(*wanted), name="meshlib-discover: registration")
+
+    async def leave(self) -> None:
+        """Take the entry out, within `LEAVE` seconds. Harmless if there is none. On the keeper's loop."""
+        self._turn += 1
+        self._leaving += 1
+        try:
+            await self._take_out()
+        finally:
+            self._leaving -= 1
+
+    async def _take_out(self) -> None:
+        self._wanted = None
+        task, self._task = self._task, None
+        registration, self._registration = self._registration, None
+        registry, self._registry = self._registry, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=LEAVE / 2)
+        if registration is None:
+            return
+        try:
+            await asyncio.wait_for(registration.leave(), LEAVE / 2)
+        except Exception as error:
+            logger.warning(
+                "this process could not leave its registry, which will find out by itself: %s", str(error) or type(error).__name__
+            )
+        else:
+            logger.info("this process has left its registry")
+        if registry is not None and not self._registries.is_open(registry):
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(registry.close(), LEAVE / 2)
+
+    async def _keep(self, instance: Instance, name: str, settings: dict[str, Any]) -> None:
+        delays = Delays(self._random)
+        while True:
+            opened = self._registries.find(name)
+            try:
+                if opened is None:
+                    raise ConfigError(f"the registry {name} is not open.")
+                # Once: a watch that is refused for a reason of its own fails for ever, and must not keep us out for as long.
+                if delays.failures:
+                    await asyncio.sleep(opened.pace.wait(self._clock()))
+                begun = self._clock()
+                if self._registration is None or self._registry is not opened.registry:
+                    self._registration, self._registry = None, opened.registry
+                    self._registration = opened.registry.register(instance, settings)
+                settled = asyncio.get_running_loop().call_later(SETTLED, self._well, name)
+                try:
+                    # The same again after an error: it knows what is left of its entry.
+                    await self._registration.keep()
+                finally:
+                    settled.cancel()
+            except Exception as error:
+                if opened is not None and self._clock() - begun > LEAST:
+                    delays.answered()  # it was entered for a while
+                self._failed(name, error)
+            else:
+                self._failed(name, RuntimeError("its package has stopped to keep it"))
+            await asyncio.sleep(delays.failed())
+
+    def _failed(self, name: str, error: Exception) -> None:
+        self.failures += 1
+        text = str(error) or type(error).__name__
+        if text != self.error:
+            self.error = text
+            logger.warning("this process can't be entered in %s, and may not be found until it is: %s", name, text)
+
+    def _well(self, name: str) -> None:
+        if self.error:
+            self.error = ""
+            logger.info("this process is entered in %s again", name)
+
+    def _after_fork(self) -> None:
+        # The parent's entry is the parent's.
+        self._task = self._registration = self._registry = self._wanted = None
+        self._turn, self._leaving = self._turn + 1, 0
+
+
+@cache
+def _salt(pid: int) -> str:
+    """Two containers of one host may have one address and one number of a process: each entry must be its own all the same."""
+    return secrets.token_hex(3)
+
+
+def instance_of(
+    service: str,
+    listen: str,
+    *,
+    address: str = "",
+    zone: str = "",
+    protocol: str = "http",
+    settings: Mapping[str, Any] | None = None,
+    outward: Callable[[bool], str] | None = None,
+) -> Instance:
+    """What others are to see of this process. `listen` is where it listens, `address` what is written in its place. Raises ConfigError."""
+    found = address or advertised(listen, outward or outward_address)
+    told = settings or {}
+    labels, weight = told.get("labels"), told.get("weight")
+    return Instance(
+        service,
+        f"{service}-{found}-{os.getpid()}-{_salt(os.getpid())}",
+        found,
+        zone=zone,
+        weight=float(weight) if isinstance(weight, int | float) else 1.0,
+        labels={str(name): str(value) for name, value in labels.items()} if isinstance(labels, Mapping) else {},
+        protocol=protocol,
+    )
+
+
+def advertised(listen: str, outward: Callable[[bool], str]) -> str:
+    """The address of a listener, with that of this host where it listens everywhere. Raises ConfigError."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or not int(port):
+        raise ConfigError(
+            f"register: it is not known at which address and port this process is reached (it listens at {listen or 'nothing'!r}).",
+            hint="Write `address` under `register`, or `listen` with a port.",
+        )
+    plain = host.removeprefix("[").removesuffix("]")
+    if plain in _EVERYWHERE:
+        plain = outward(":" in plain)
+    return f"[{plain}]:{port}" if ":" in plain else f"{plain}:{port}"
+
+
+def outward_address(is_v6: bool = False) -> str:
+    """The address with which this host leaves for others. Nothing is sent. Raises ConfigError."""
+    families = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")]
+    for family, somewhere in reversed(families) if is_v6 else families:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((somewhere, 9))
+            return str(probe.getsockname()[0])
+    raise ConfigError("register: this host has no address that leads outward.", hint="Write `address` under `register`.")
