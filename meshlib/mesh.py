@@ -8,11 +8,9 @@ no decision about a call: the engines do.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +21,8 @@ from . import errors
 from ._native import core
 from .call import deadline
 from .client.way import OutboundWay
-from .reload import LOOK, Reload, remember, tell
+from .reload import Reload, remember, tell
+from .upkeep import Upkeep
 
 if TYPE_CHECKING:
     import grpc
@@ -39,18 +38,11 @@ if TYPE_CHECKING:
     from .client.guarded import Guard
     from .config import Config
     from .observe.edges import Alert
-    from .observe.traffic import Recorder
     from .secure import IdentityStore
     from .server.handed import Handed
     from .server.way import InboundWay
 
 log = logging.getLogger("meshlib.mesh")
-
-# At the files of the identity we look twice as often as at those of the configuration, so that trust that was withdrawn is gone within a
-# second.
-TRUST_LOOK = LOOK / 2
-# Seconds between two lines in the record of calls.
-WRITE = 5.0
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,12 +69,7 @@ class Mesh:
         self.service = config.service
         self.keeper = shared()
         self._reload = Reload(lambda: self.config, self._adopt)
-        self._lock = threading.Lock()
-        self._started_in: int | None = None
-        self._is_ready = True
-        self._listener: Any = None
-        self._jobs: list[Any] = []
-        self._registering: Any = None  # that one of them which enters us in a registry
+        self._upkeep = Upkeep(self, self._reload)
         # Those whose entrance is made again, after a fork or a reload.
         self.guards: weakref.WeakSet[Guard] = weakref.WeakSet()
         # The ways in that were made for applications of this process, and the rates that all processes count for them together.
@@ -107,15 +94,10 @@ class Mesh:
         self._limit(config)()
         self.directory = Directory(self.engine, self.keeper)
         self.registrar = Registrar(self.keeper, self.directory.registries)
-        # Where it listens, if not where the configuration says; and whether it serves gRPC by a port of ours.
-        self._listen = ""
-        self._has_grpc = False
-        self._leaves = False
         self.directory.follow(config)
-        self._checker: Checker | None = None
+        self.checker: Checker | None = None
         self._check(config)
         self.watch = Watch(self)
-        self._recorder = _recorder_of(config)
         remember(config)
         tell(config)
         _meshes.add(self)
@@ -137,56 +119,8 @@ class Mesh:
 
     def start(self) -> Mesh:
         """Start the keeper's work: rotation, discovery, reload, metrics. Called by whatever needs it; harmless to call again."""
-        with self._lock:
-            if self._started_in == os.getpid():
-                return self
-            is_forked = self._started_in is not None
-            self._started_in = os.getpid()
-            self._is_ready = True
-        if not is_forked:
-            # In a forked child they are still the keeper's; only its thread stayed with the parent.
-            self._registering = self.keeper.every(LOOK, self._register, name="register", first=0.0)
-            self._jobs = [
-                self._registering,
-                self.keeper.every(LOOK, self._reload.look, name="reload"),
-                self.keeper.every(TRUST_LOOK, self.trust.look, name="rotate"),
-                self.keeper.every(LOOK, self._look_at_connections, name="sweep"),
-                self.keeper.every(LOOK, self._tend, name="tend"),
-                self.keeper.every(LOOK, self._end, name="drain"),
-                self.keeper.every(LOOK, self._watch, name="watch"),
-                self.keeper.every(WRITE, self._record, name="record"),
-                *self.trust.jobs(),
-                *self.directory.jobs(),
-                *(self._checker.jobs() if self._checker is not None else ()),
-                *self._agent_jobs(),
-            ]
-            for name in self.trust.missing():
-                log.error(
-                    "a custom rule asks the authorizer %r, and nobody has registered it: what it would decide is denied. "
-                    'Write @mesh.authorizer("%s") on the function that decides; under `meshlib serve` the module has to wrap its '
-                    "application too (app = mesh.asgi(app)), so that this is the mesh that serves it.",
-                    name,
-                    name,
-                )
-        self.keeper.start()
-        address = os.environ.get("MESHLIB_METRICS") or self.config.own.observe.metrics
-        if address:
-            self._serve_metrics(address)
+        self._upkeep.start()
         return self
-
-    def _serve_metrics(self, address: str) -> None:
-        from .observe.exporter import MetricsListener
-
-        listener = MetricsListener(
-            address, self.metrics, is_ready=lambda: self.is_ready, status=lambda: self.watch.status(time.monotonic())
-        )
-        try:
-            listener.start(self.keeper)
-        except errors.ListenError as error:
-            # Workers of one service share the address, and the first has it: no reason to serve less than the first.
-            log.error("the metrics of process %d are not served: %s", os.getpid(), error)
-            return
-        self._listener = listener
 
     def reload(self) -> bool:
         """Take the configuration again if its file changed; True if a new one is in force.
@@ -209,7 +143,7 @@ class Mesh:
         """Take no new work: readiness goes false, registries are told, and servers of the mesh end when what is under way has ended."""
         from .server.drain import drain_of
 
-        self._is_ready = False
+        self._upkeep.is_ready = False
         drain_of(self).begin()
 
     @property
@@ -217,7 +151,7 @@ class Mesh:
         """Does this process take new work? False from the moment on in which it begins to end."""
         from .server.drain import drain_of
 
-        return self._is_ready and drain_of(self).is_serving
+        return self._upkeep.is_ready and drain_of(self).is_serving
 
     def on_drain(self, callback: Callable[[], object]) -> None:
         """Call back, in the keeper's thread, when the process begins to end and still serves: the time to leave registries.
@@ -230,33 +164,12 @@ class Mesh:
 
     def close(self) -> None:
         """End the keeper's work for this mesh. Clients made by it close their own connections."""
-        with self._lock:
-            registering, self._registering = self._registering, None
-        if registering is not None:
-            # First: while the entry is taken out it would make another one.
-            registering.cancel()
-            is_entering = self.config.own.register is not None and self.keeper.is_running
-            if is_entering or self.registrar.instance is not None:
-                from .discover.registration import LEAVE
-
-                with contextlib.suppress(TimeoutError):
-                    self.keeper.run(self.registrar.leave()).result(LEAVE)
-        with self._lock:
-            for job in self._jobs:
-                job.cancel()
-            self._jobs = []
-            self._started_in = None
-            if self._listener is not None:
-                self._listener.stop()
-                self._listener = None
-        self._reload.rest()
-        self.trust.rest()
-        self._record()
+        self._upkeep.stop()
 
     @property
     def metrics_port(self) -> int | None:
         """The port at which the metrics are, if they are."""
-        return self._listener.port if self._listener is not None else None
+        return self._upkeep.metrics_port
 
     def metrics(self) -> str:
         """Everything that is counted, as Prometheus text."""
@@ -467,7 +380,7 @@ class Mesh:
 
         if listen is None and port is not None:
             listen = f"0.0.0.0:{port}"
-        self._listen = listen or ""
+        self._upkeep.listen = listen or ""
         serve(self, app, listen=listen, workers=workers, threads=threads)
 
     def grpc_server_interceptors(self) -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
@@ -490,7 +403,7 @@ class Mesh:
         from .server.grpc import add_port
 
         port = add_port(self.start(), server, address, plain=plain)
-        self._has_grpc, self._listen = True, f"{address.rpartition(':')[0]}:{port}"
+        self._upkeep.has_grpc, self._upkeep.listen = True, f"{address.rpartition(':')[0]}:{port}"
         return port
 
     def add_grpc_health(self, server: Any, *names: str) -> None:
@@ -514,51 +427,7 @@ class Mesh:
 
         serve_blocking(self, server)
 
-    # --- the keeper's work
-
-    async def _register(self) -> None:
-        """While this process serves, it is entered in the registry that its service names."""
-        from .discover import instance_of
-        from .server.drain import drain_of
-
-        own, drain = self.config.own, drain_of(self)
-        if own.register is None:
-            await self.registrar.leave()
-        elif drain.is_serving and (self._has_grpc or any(not way.is_asleep for way in tuple(self.ways))):
-            if not self._leaves:
-                self._leaves = True
-                drain.on_leave(self.registrar.leave)
-            instance = instance_of(
-                own.name,
-                self._listen or own.listen or "",
-                address=own.register.address,
-                zone=self.config.zone,
-                protocol=own.protocol,
-                settings=own.register.settings,
-            )
-            await self.registrar.keep(instance, own.register.registry, own.register.settings)
-
-    def _tend(self) -> None:
-        self.engine.tend(time.monotonic())
-
-    def _end(self) -> None:
-        """Where no server of ours ticks: `drain` was called behind another one."""
-        from .server.drain import drain_of
-
-        drain_of(self).look()
-
-    def _watch(self) -> None:
-        self.watch.look(time.monotonic())
-
-    def _record(self) -> None:
-        if self._recorder is not None:
-            calls, lost = self.gate.traffic()
-            self._recorder.take(calls, lost, self.config.own.mode)
-            self._recorder.flush()
-
-    def _look_at_connections(self) -> None:
-        for carrier in tuple(self.outbound.carriers):
-            carrier.sweep()
+    # --- a configuration comes into force
 
     def _adopt(self, fresh: Config) -> None:
         """Everything of a new configuration, or nothing: what can fail comes first."""
@@ -575,16 +444,10 @@ class Mesh:
         self.engine.publish(client_plan, now)
         self.gate.publish(server_plan, now)
         self.outbound.identity = self.trust.identity
-        if self._started_in is not None:
-            self._jobs += [job for job in self.trust.jobs() if job not in self._jobs]
-        if (fresh.record, fresh.jwt) != (self.config.record, self.config.jwt):
-            self._record()
-            self._recorder = _recorder_of(fresh)
+        self._upkeep.record_by(fresh)
         self._use(fresh)
         limit()
         before, after = self.config.own, fresh.own
-        if self._started_in is not None:
-            self._jobs += [job for job in self._agent_jobs() if job not in self._jobs]
         self.config = fresh
         if (before.listen, before.inbound.public, before.inbound.probe) != (
             after.listen,
@@ -597,6 +460,7 @@ class Mesh:
         self._renew_guards()
         go_through_with_it()
         self._check(fresh)
+        self._upkeep.follow()
 
     def _use(self, config: Config) -> None:
         """What the way out has to know of a configuration beside the engine's plan."""
@@ -626,27 +490,21 @@ class Mesh:
         for way in tuple(self.ways):
             way.agent = self.handed
 
-    def _agent_jobs(self) -> list[Any]:
-        jobs = [] if self.outbound.delegation is None else [self.outbound.delegation.job()]
-        return jobs if self.handed is None else [*jobs, self.handed.job()]
-
     def _check(self, config: Config) -> None:
         """Ask endpoints how they are, where a configuration wants that."""
-        if self._checker is None:
+        if self.checker is None:
             if all(service.check is None for service in config.services.values()):
                 return
             from .admit.checks import Checker
 
-            self._checker = Checker(
+            self.checker = Checker(
                 self.engine,
                 self.keeper,
                 endpoints=self.directory.endpoints,
                 own=lambda: self.identity.client_tls if self.identity is not None else None,
                 is_called=lambda service: self.engine.calls(service) > 0,
             )
-            if self._started_in is not None:
-                self._jobs += self._checker.jobs()
-        self._checker.follow(config)
+        self.checker.follow(config)
 
     def _limit(self, config: Config) -> Callable[[], None]:
         """Open the stores of rates that all processes share, if there are any; what is returned puts them in force."""
@@ -675,12 +533,11 @@ class Mesh:
     def _after_fork(self) -> None:
         self.outbound.wake = self._wake
         self._renew_guards()
-        self._listener = None
         # The parent's choices are not repeated, and its permits and TLS sessions are not ours.
         self.engine.reseed(secrets.randbits(64))
         self.gate.reset()
         self.outbound.ledger.forget()
-        self._lock = threading.Lock()
+        self._upkeep.after_fork()
         self._reload.after_fork()
         self.trust.after_fork()
         if self.delegation is not None:
@@ -695,7 +552,7 @@ class Mesh:
     def _wake(self) -> None:
         """In a forked child: the keeper's thread stayed with the parent."""
         self.outbound.wake = None
-        if self._started_in is not None:
+        if self._upkeep.is_started:
             self.start()
 
     def __repr__(self) -> str:
@@ -730,11 +587,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_let_go, after_in_child=_after_fork)
-
-
-def _recorder_of(config: Config) -> Recorder | None:
-    if config.record is None:
-        return None
-    from .observe.traffic import Recorder
-
-    return Recorder(config.record, config.service, issuers=tuple(provider.issuer for provider in config.jwt.values()))

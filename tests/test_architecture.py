@@ -28,11 +28,12 @@ TIERS = {
     "client": 4,
     "server": 4,
     "reload": 4,
-    "mesh": 5,
-    "__init__": 6,
-    "testing": 7,
-    "agent": 7,
-    "cli": 8,  # `meshlib agent run` runs the agent
+    "upkeep": 5,
+    "mesh": 6,
+    "__init__": 7,
+    "testing": 8,
+    "agent": 8,
+    "cli": 9,  # `meshlib agent run` runs the agent
 }
 # A Call carries its record as data; putting it into words is observe's, and is asked for only when a person wants to read.
 REACHES_UP = {("call.py", "meshlib.observe.explain.explain")}

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import socket
 
     from ..config import Config
-    from ..keeper import Job, Keeper
+    from ..keeper import Keeper
 
 ENDPOINT: Final = b"x-mesh-endpoint"
 EXPECT: Final = b"x-mesh-expect"
@@ -102,9 +102,9 @@ class Delegation:
         for delegate in self._all():
             delegate.use(agent)
 
-    def job(self) -> Job:
-        """The keeper's work."""
-        return self.watch.job()
+    def jobs(self) -> list[AgentWatch]:
+        """Start the keeper's work."""
+        return self.watch.jobs()
 
     def carrier(self, carrier: Any) -> Any:
         """What carries an attempt of a delegated service in the place of `carrier`."""

@@ -153,11 +153,17 @@ class AgentWatch:
         """Has it not answered when it should have? It may be silent, and nothing is known yet."""
         return self.state is not UP or self._clock() - self.answered_at > BUDGET
 
-    def job(self) -> Job:
-        """The keeper's work for it, the same each time."""
+    def jobs(self) -> list[AgentWatch]:
+        """Start looking, for those who keep a list of what they have to `cancel`. Harmless to ask again."""
         if self._job is None:
             self._job = self._keeper.every(PACE, self.look, name="agent", first=0.0)
-        return self._job
+        return [self]
+
+    def cancel(self) -> None:
+        """Look no more. How it stood last stays known."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.cancel()
 
     def use(self, agent: AgentSocket) -> None:
         """The configuration names another socket."""
@@ -175,8 +181,8 @@ class AgentWatch:
 
     def soon(self) -> None:
         """Ask at once: a call has met something odd."""
-        if self._job is not None:
-            self._keeper.soon(self._job)
+        if (job := self._job) is not None:
+            self._keeper.soon(job)
 
     def tell(self, event: str, why: str = "") -> None:
         """Something was learnt of the agent."""

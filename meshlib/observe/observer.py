@@ -221,7 +221,7 @@ class Observer:
         with _lock:
             egress = dict(self._egress)
             messages = {key: tally.read() for key, tally in self._messages.items()}
-        shared, checker = (mesh.outbound.rates, getattr(mesh, "inbound_rates", None)), mesh._checker
+        shared, checker = (mesh.outbound.rates, getattr(mesh, "inbound_rates", None)), mesh.checker
         # What a mesh of a test need not have.
         watch, trust = getattr(mesh, "watch", None), getattr(mesh, "trust", None)
         federation, keys = (None, None) if trust is None else (trust.federation, trust.keys)

@@ -91,9 +91,16 @@ class Trust:
         if self.identity is not None:
             await self.identity.look(time.time())
 
-    def missing(self) -> list[str]:
-        """The authorizers that rules of ours name, and that nobody has registered: their calls are denied."""
-        return self.authorizers.missing(self._config.authorizers)
+    def tell_missing(self) -> None:
+        """Log each authorizer that rules of ours name, and that nobody has registered: its calls are denied."""
+        for name in self.authorizers.missing(self._config.authorizers):
+            log.error(
+                "a custom rule asks the authorizer %r, and nobody has registered it: what it would decide is denied. "
+                'Write @mesh.authorizer("%s") on the function that decides; under `meshlib serve` the module has to wrap its '
+                "application too (app = mesh.asgi(app)), so that this is the mesh that serves it.",
+                name,
+                name,
+            )
 
     def rest(self) -> None:
         """Close what is open for it, until the mesh is started again."""

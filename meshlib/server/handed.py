@@ -99,11 +99,17 @@ class Handed:
     def is_ready(self) -> bool:
         return self._secret is not None
 
-    def job(self) -> Job:
-        """The keeper's work for it, the same each time."""
+    def jobs(self) -> list[Handed]:
+        """Start asking, for those who keep a list of what they have to `cancel`. Harmless to ask again."""
         if self._job is None:
             self._job = self._keeper.every(AGAIN, self.look, name="handover", first=0.0)
-        return self._job
+        return [self]
+
+    def cancel(self) -> None:
+        """Ask no more. What was told stays known."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.cancel()
 
     async def look(self) -> None:
         """Ask the agent for the secret. The keeper's."""
@@ -119,12 +125,12 @@ class Handed:
         if self._secret != secret:
             log.info("the node agent hands over the calls of this service from now on")
         self._secret, self._is_told = secret, False
-        if self._job is not None:
-            self._job.seconds = SELDOM
+        if (job := self._job) is not None:
+            job.seconds = SELDOM
 
     def _miss(self, why: str) -> None:
-        if self._job is not None:
-            self._job.seconds = AGAIN
+        if (job := self._job) is not None:
+            job.seconds = AGAIN
         if not self._is_told:
             self._is_told = True
             old = (

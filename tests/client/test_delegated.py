@@ -249,6 +249,20 @@ async def test_calls_go_by_the_agent_again_when_it_is_back(tmp_path: Path) -> No
         }
 
 
+async def test_a_mesh_that_was_closed_looks_at_the_agent_again_when_it_is_used(tmp_path: Path) -> None:
+    """What `close` ended, `start` begins anew."""
+    async with scripted(hello) as server, delegating(tmp_path, server) as (mesh, agent):
+        async with mesh.client() as http:
+            await http.get("http://orders/")
+        await asyncio.to_thread(mesh.close)
+        await agent.stop()
+        async with mesh.client() as http:
+            await http.get("http://orders/")
+            assert mesh.delegation is not None and mesh.delegation.watch.is_away
+            await agent.start()
+            await eventually(lambda: mesh.delegation is not None and not mesh.delegation.watch.is_away, 2.0)
+
+
 @pytest.mark.parametrize("kind", ["async", "sync"])
 async def test_a_call_under_way_survives_an_agent_that_dies(tmp_path: Path, kind: str) -> None:
     """If it is idempotent. The endpoint isn't blamed, and the engine knows of one attempt."""

@@ -222,7 +222,8 @@ async def test_a_wrong_secret_makes_us_ask_again_once_in_a_while() -> None:
     now = 100.0
     agent = await handed(clock=lambda: now)
     asked: list[Any] = []
-    job = agent.job()
+    agent.jobs()
+    job = agent._job
     agent._keeper.soon = asked.append  # type: ignore[method-assign]
     for _ in range(5):
         await ask(agent, ("x-mesh-handed", header("f" * 64)))
