@@ -66,7 +66,10 @@ class Answer:
 
     @property
     def has_leader(self) -> bool:
-        return bool(self.headers.get("X-Consul-KnownLeader", "true") != "false")
+        # What the agent answers from its own stream of changes (the default since 1.10, for queries with an index) always says that it
+        # knows none.
+        is_streamed = self.headers.get("X-Consul-Query-Backend") == "streaming"
+        return is_streamed or bool(self.headers.get("X-Consul-KnownLeader", "true") != "false")
 
     @property
     def is_filtered(self) -> bool:

@@ -17,6 +17,9 @@ from typing import Any
 
 from integrations.consul.tests.standin import PATIENCE, StandIn
 
+# A real agent asks for leafs by a new root at a moment of its choice within 30 s (agent/leafcert), so that a fleet doesn't ask at once.
+ROTATION = 30.0 + PATIENCE
+
 BINARY = os.environ.get("CONSUL_BIN") or shutil.which("consul") or ""
 
 

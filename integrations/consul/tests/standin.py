@@ -302,6 +302,9 @@ class StandIn:
         if query.get("dc", "dc1") != "dc1":
             raise Refused(500, f"No path to datacenter: {query['dc']}")
         headers = self._meta(index)
+        if query.get("index", "0") != "0":
+            # Answered from the agent's own stream of changes, which knows of no leader.
+            headers |= {"X-Consul-Query-Backend": "streaming", "X-Consul-KnownLeader": "false"}
         if entries and not self._may(request):
             entries, headers = [], {**headers, "X-Consul-Results-Filtered-By-ACLs": "true"}
         return web.Response(text=json.dumps(entries), headers=headers)

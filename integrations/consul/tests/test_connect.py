@@ -17,7 +17,7 @@ from meshlib_consul import ConnectSource, open_source
 from meshlib_consul import connect as connect_module
 
 import meshlib
-from integrations.consul.tests.agents import StandInAgent
+from integrations.consul.tests.agents import ROTATION, StandInAgent
 from integrations.consul.tests.consul_ca import ConsulAuthority
 from meshlib._native import core
 from meshlib.errors import ConfigError
@@ -52,8 +52,8 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., ConnectSource
         each.close()
 
 
-def until(what: Callable[[], Any], expected: Any = True) -> None:
-    end = time.monotonic() + PATIENCE
+def until(what: Callable[[], Any], expected: Any = True, patience: float = PATIENCE) -> None:
+    end = time.monotonic() + patience
     while (found := what()) != expected and not (expected is True and found):
         assert time.monotonic() < end, f"{found!r} never became {expected!r}"
         time.sleep(0.01)
@@ -208,7 +208,7 @@ def test_a_rotation_of_the_root_is_taken_over_in_its_steps(agent: Any, make: Cal
         current = store.current
         return current is not None and current.serial != first.serial and roots_in(current.bundles[trust_domain]) == 2
 
-    until(is_over)
+    until(is_over, patience=ROTATION)
 
 
 def test_a_root_that_is_gone_counts_at_once(standin: StandInAgent, make: Callable[..., ConnectSource]) -> None:

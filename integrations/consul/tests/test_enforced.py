@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 import meshlib
+from integrations.consul.tests.agents import ROTATION
 from integrations.consul.tests.test_connect import id_of, trust_domain_of
 from tests.support import PYTHON, free_port, process, wait_until_listening
 
@@ -81,7 +82,7 @@ async def test_calls_go_on_while_leafs_and_roots_are_rotated_and_the_agent_is_ki
             await until_called()
             first = store.current
             await asyncio.to_thread(agent.rotate)
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + ROTATION
             while store.current.serial == first.serial or store.current.bundles == first.bundles:
                 assert time.monotonic() < end, f"the rotation is not heard of: {store.last_error}"
                 await asyncio.sleep(0.05)
