@@ -38,14 +38,16 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def ended(demo: subprocess.Popen[str], folder: Path) -> tuple[int, str, dict[str, Any]]:
-    """Exit status, everything printed, and the last line as JSON; nothing may be left."""
-    text, _ = demo.communicate(timeout=150)
+    """Exit status, everything printed with the last line first, and that line as JSON; nothing may be left."""
+    printed, _ = demo.communicate(timeout=150)
+    # How it ended stands in its last lines, and the beginning is what is left of a long message.
+    text = "\n".join(["", *reversed(printed.splitlines())])
     assert list(folder.iterdir()) == [], text
     assert processes_of(folder) == [], text
     try:
-        return demo.returncode, text, json.loads(text.splitlines()[-1])
+        return demo.returncode, text, json.loads(text.split("\n", 2)[1])
     except (ValueError, IndexError):
-        pytest.fail(f"the last line is no JSON:\n{text}")
+        pytest.fail(f"the last line is no JSON:{text}")
 
 
 def processes_of(folder: Path) -> list[str]:
