@@ -36,6 +36,7 @@ SCRIPTS = (
     "server",
     "grpc_calls",
     "agent",
+    "abuse",
     "start",
 )
 # How long each mode is measured each time, unless its script says otherwise.

@@ -59,8 +59,8 @@ def runs(peers: Peers) -> list[Run]:
 
 
 @contextlib.contextmanager
-def _origin(peers: Peers) -> Iterator[tuple[str, int]]:
-    """nginx with 1 KiB at a UNIX socket, and at a port by which it is seen to be up."""
+def origin(peers: Peers) -> Iterator[tuple[str, int]]:
+    """nginx with 1 KiB at a UNIX socket, and at a port by which it is seen to be up. What is sent to /upload it reads first."""
     where = peers.folder / f"origin-{free_port()}"
     where.mkdir()
     port, socket = free_port(), f"{where}/app.sock"
@@ -72,7 +72,11 @@ def _origin(peers: Peers) -> Iterator[tuple[str, int]]:
         events {{ worker_connections 4096; }}
         http {{
           access_log off; {temporary} keepalive_requests 1000000000; keepalive_timeout 300s;
-          server {{ listen 127.0.0.1:{port}; listen unix:{socket}; location / {{ return 200 '{"x" * BODY}'; }} }}
+          server {{
+            listen 127.0.0.1:{port}; listen unix:{socket};
+            location / {{ return 200 '{"x" * BODY}'; }}
+            location /upload {{ proxy_pass http://127.0.0.1:{port}/; }}
+          }}
         }}""")
     nginx = program("nginx", "Debian: nginx-light")
     with running(peers.folder, nginx, "-p", str(where), "-c", str(file), "-e", "stderr", port=port):
@@ -111,7 +115,7 @@ def _pair(peers: Peers, mode: str, socket: str) -> Iterator[tuple[int, list[int]
 
 def _ask(peers: Peers, mode: str, count: int, seconds: float) -> dict[str, float]:
     program("wrk", "Debian: wrk")
-    with _origin(peers) as (socket, _), _pair(peers, mode, socket) as (port, pids, headers):
+    with origin(peers) as (socket, _), _pair(peers, mode, socket) as (port, pids, headers):
         url = f"http://127.0.0.1:{port}/items/7"
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
             if len(answer.read()) != BODY:

@@ -135,6 +135,20 @@ def _delegated() -> list[Goal]:
     ]
 
 
+def _abused() -> list[Goal]:
+    """What an attack costs those who share the agent with it, above what it costs those who only share the machine."""
+    found = []
+    for attack in ("slow-hello", "slow-head", "slow-body", "resets", "continuation", "hpack"):
+        case = f"{attack}/mtls"
+        limit = ("freed_s", 11.0) if attack.startswith("slow") else ("grown_mb", 50.0)
+        found += [
+            Goal(case, "here", "elsewhere", "p99_us", AT_MOST, 1.5, script="abuse"),
+            Goal(case, "here", "quiet", "p99_us", AT_MOST, None, script="abuse"),
+            Goal(case, "here", "", limit[0], AT_MOST, limit[1], script="abuse", is_ratio=False),
+        ]
+    return found
+
+
 def _called(case: str, mode: str, peer: str, metric: str, relation: str, wanted: float | None) -> Goal:
     """Of gRPC."""
     return Goal(case, mode, peer, metric, relation, wanted, script="grpc_calls", is_ratio=bool(peer))
@@ -209,6 +223,7 @@ GOALS: Final[tuple[Goal, ...]] = (
     _called("unary-aio/mtls/c=1", "bare", "envoy-pair", "p50_us", AT_MOST, None),
     _called("stream-aio/plain/c=1", "meshlib", "bare", "rps", AT_LEAST, 0.95),
     *_delegated(),
+    *_abused(),
     _called("chat-aio/plain/c=1", "meshlib", "bare", "rps", AT_LEAST, None),
     *(_called(f"served-{kind}/plain/c=64", "meshlib", "bare", "rps", AT_LEAST, 0.92) for kind in ("aio", "sync")),
     *(_called(f"served-{kind}/plain/c=64", "meshlib", "bare", "cpu_us", AT_MOST, None) for kind in ("aio", "sync")),

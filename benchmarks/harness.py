@@ -42,6 +42,10 @@ UNITS: Final = {
     "added_us": "us",
     "ratio": "1",
     "connections": "1",
+    # Of attackers.
+    "freed_s": "s",
+    "grown_mb": "MB",
+    "cut": "1",
     "growth": "1",
     "most_us": "us",
     # Of endpoints that change without end.

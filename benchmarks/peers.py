@@ -119,11 +119,11 @@ class Peers:
 
     @cached_property
     def identities(self) -> str:
-        """A folder with an SVID for `me` and for `orders`."""
+        """A folder with an SVID for `me`, for `orders`, and for a `stranger`."""
         from meshlib.secure.ca import CertificateAuthority
 
         authority = CertificateAuthority.create(self.folder / "ca", TRUST_DOMAIN)
-        for service in ("me", "orders"):
+        for service in ("me", "orders", "stranger"):
             authority.write(service, self.folder / "identities")
         return str(self.folder / "identities")
 

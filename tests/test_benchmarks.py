@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks import (
+    abuse,
     agent,
     client,
     decide,
@@ -178,6 +179,17 @@ def test_agent_measures_what_delegation_costs_and_saves(tmp_path: Path) -> None:
     }
     # This is no speed: it is what sharing means.
     assert (found["shared/mtls", "meshlib", "connections"], found["shared/mtls", "meshlib-agent", "connections"]) == (400, 50)
+
+
+@pytest.mark.parametrize(("attack", "told"), [("slow-body", "freed_s"), ("continuation", "cut")])
+def test_abuse_measures_what_attackers_cost_the_others(tmp_path: Path, attack: str, told: str) -> None:
+    """Those who share their agent, their machine, or neither; and the attackers are met."""
+    rows = measure(tmp_path, "abuse", "--case", f"{attack}/mtls", "--seconds", "0.9")
+    found = {(row["mode"], row["metric"]): row["value"] for row in rows if row["case"] == f"{attack}/mtls"}
+    assert {key for key in found if key[1].endswith("_us")} == {
+        (mode, metric) for mode in ("here", "elsewhere", "quiet") for metric in ("p50_us", "p99_us")
+    }
+    assert min(found["here", told], found["elsewhere", told]) > 0
 
 
 def test_etcd_measures_how_soon_a_change_is_used(tmp_path: Path) -> None:
@@ -533,6 +545,7 @@ def test_both_sides_of_every_goal_are_measured(tmp_path: Path) -> None:
             "decide": decide.runs(peers),
             "discover": discover.runs(peers),
             "agent": agent.runs(peers),
+            "abuse": abuse.runs(peers),
             "etcd": etcd.runs(peers),
             "server": server.runs(peers),
             "grpc_calls": grpc_calls.runs(peers),
@@ -550,6 +563,7 @@ def test_both_sides_of_every_goal_are_measured(tmp_path: Path) -> None:
         "server",
         "grpc_calls",
         "agent",
+        "abuse",
         "etcd",
     }
 
