@@ -20,7 +20,7 @@ from .._native import core
 from .faults import IDLE_TIMEOUT, STALE, WRITE_TIMEOUT, given_up, late, lost
 from .pool import Key, keep_seconds
 from .terms import ORDINARY
-from .upload import LARGE, feed, race
+from .upload import LARGE, demand_end, feed, idle_of, is_on_demand, race
 
 if TYPE_CHECKING:
     from .http2 import Http2Connection
@@ -42,6 +42,7 @@ class Connection(asyncio.BufferedProtocol):
         "_attempt",
         "_buffer",
         "_carrier",
+        "_demand",
         "_drained",
         "_error",
         "_is_lost",
@@ -81,6 +82,8 @@ class Connection(asyncio.BufferedProtocol):
         self._reply: asyncio.Future[Any] | None = None
         self._reader: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
+        # The peer's word that it takes the body.
+        self._demand: asyncio.Future[None] | None = None
         self._pieces: deque[bytes] | None = None
         self._unread = 0
         self._error: errors.AttemptFailed | None = None
@@ -142,18 +145,32 @@ class Connection(asyncio.BufferedProtocol):
             self._carrier.watch(self, min(attempt.head_end, now + patience))
             self._put(self.wire.send(attempt.method, attempt.target, attempt.headers, body, False))
             return
-        self._phase = WRITE_TIMEOUT
-        self.idle = terms.write or (0.0 if terms.is_explicit else attempt.stream_idle)
-        self._carrier.watch(self, min(self.limit, now + self.idle) if self.idle else self.limit)
+        if is_on_demand(attempt):
+            self._carrier.watch(self, demand_end(attempt))
+        else:
+            self._begin_upload(attempt)
         await race(self._upload(attempt), reply)
         if self._reply is reply and not reply.done():
             self._phase = None
             self.idle = 0.0
             self._carrier.watch(self, min(self.limit, self._carrier.loop.time() + patience))
 
+    def _begin_upload(self, attempt: Attempt) -> None:
+        self._phase = WRITE_TIMEOUT
+        self.idle = idle_of(attempt)
+        self._carrier.watch(self, min(self.limit, self._carrier.loop.time() + self.idle) if self.idle else self.limit)
+
     async def _upload(self, attempt: Attempt) -> None:
-        if self._put(self.wire.send(attempt.method, attempt.target, attempt.headers, None, True)):
-            await feed(attempt, self._push)
+        if not self._put(self.wire.send(attempt.method, attempt.target, attempt.headers, None, True)):
+            return
+        if is_on_demand(attempt):
+            self._demand = self._carrier.loop.create_future()
+            try:
+                await self._demand
+            finally:
+                self._demand = None
+            self._begin_upload(attempt)
+        await feed(attempt, self._push)
 
     async def _push(self, piece: bytes | memoryview, is_last: bool) -> bool:
         """Write a piece when the peer takes it; False once it has answered or gone, since the rest is for nobody."""
@@ -373,6 +390,9 @@ class Connection(asyncio.BufferedProtocol):
             transport.write(out)
         for event in events:
             self._take(event)
+        if self._demand is not None and not events and self.wire.has_received and not self._demand.done():
+            # Not the answer, and so a word before it. It could be half an answer, too: then some of the body goes out in vain.
+            self._demand.set_result(None)
 
     def _take(self, event: tuple[Any, ...]) -> None:
         kind = event[0]

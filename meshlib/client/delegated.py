@@ -11,6 +11,9 @@ process, within the same deadline: neither the engine nor the caller notices. If
 that holds for idempotent calls only; any other fails as one that was cut off. An agent that fails says nothing of an endpoint, so that
 none of this counts against one.
 
+A body that is streamed is not begun before the agent has a connection to the endpoint: it asks for it then (`upload.py`). HTTP/2 has no
+such word here: what the agent takes before is kept (`replay.py`). So an attempt that never had a connection leaves the body whole.
+
 It chooses no endpoint and repeats nothing on its own account.
 """
 
@@ -181,9 +184,13 @@ class Delegation:
 
 
 class AgentAttempt(Attempt):
-    """An attempt on its way to the agent. `is_repeatable`: it may be sent again after it may have been processed."""
+    """An attempt on its way to the agent. `is_repeatable`: it may be sent again after it may have been processed.
 
-    __slots__ = ("is_repeatable",)
+    `is_on_demand`: see `upload.py`.
+    """
+
+    __slots__ = ("is_on_demand", "is_repeatable")
+    is_on_demand: bool
     is_repeatable: bool
 
 
@@ -209,11 +216,16 @@ class Delegate:
         if self._watch.state is AWAY:
             attempt.by = AWAY
             self._delegation.fell_back(AWAY)
-            return self._beside.exchange(attempt)  # type: ignore[no-any-return]
-        if is_here(attempt.address):
-            return self._beside.exchange(attempt)  # type: ignore[no-any-return]
+            return self._by_us(attempt)
+        if is_here(attempt.address) or expects(attempt):
+            return self._by_us(attempt)
         self._watch.used(attempt.now)
         return self._by_agent(attempt)
+
+    def _by_us(self, attempt: Attempt) -> Awaitable[Reply]:
+        if isinstance(attempt.body, Replay):
+            attempt.body.is_held = False
+        return self._beside.exchange(attempt)  # type: ignore[no-any-return]
 
     async def _by_agent(self, attempt: Attempt) -> Reply:
         delegation = self._delegation
@@ -230,6 +242,8 @@ class Delegate:
         else:
             failed = next((value for name, value in reply[3] if name == FAILED), None)
             if failed is None:
+                if isinstance(attempt.body, Replay):
+                    await attempt.body.release()
                 return reply if isinstance(reply[4], bytes) else (*reply[:4], _Body(reply[4], delegation, attempt.address))
             failure = failure_of(failed, await text_of(reply))
             if failure is not None:
@@ -240,7 +254,7 @@ class Delegate:
             attempt.by = why = "unable"
         delegation.fell_back(why)
         attempt.now = self._now()
-        return await self._beside.exchange(attempt)  # type: ignore[no-any-return]
+        return await self._by_us(attempt)
 
     def _judged(self, error: errors.AttemptFailed, attempt: Attempt, sent: AgentAttempt) -> str:
         """The agent has failed under an attempt. Why this process may send it again, or the error that its caller gets."""
@@ -261,6 +275,9 @@ class Delegate:
         is_lost = isinstance(attempt.body, Replay) and attempt.body.is_lost
         if has_time and not is_lost and (sent.is_repeatable or reason in (UNWRITTEN, DECLINED)):
             return SILENT if isinstance(error, errors.AttemptTimeout) else CLOSED
+        if isinstance(error, errors.ProtocolError) and not sent.is_repeatable:
+            # It asked for the body, and broke off without an answer.
+            raise agent_lost(is_written=True)
         raise of_agent(named(error, sent.address, attempt.address))
 
     def _now(self) -> float:
@@ -415,6 +432,11 @@ def is_here(address: str) -> bool:
     return address.startswith("unix:")
 
 
+def expects(attempt: Attempt) -> bool:
+    """Does the application ask the endpoint before it sends a body (Expect)? The agent would keep that for itself."""
+    return attempt.body is not None and any(name.lower() == b"expect" for name, _ in attempt.headers)
+
+
 def handed_over(attempt: Attempt, address: str, own: str) -> AgentAttempt:
     """The attempt as the agent gets it."""
     native = attempt.native
@@ -426,6 +448,14 @@ def handed_over(attempt: Attempt, address: str, own: str) -> AgentAttempt:
         attempt.terms, attempt.hard_end, native, attempt.is_http2, attempt.head_end,
     )  # fmt: skip
     sent.is_repeatable = native is not None and native.is_idempotent
+    sent.is_on_demand = False
+    if isinstance(attempt.body, Replay):
+        if is_http2:
+            attempt.body.hold()
+        elif not any(name.lower() == b"content-length" and not value.strip(b"0") for name, value in headers):
+            # A request without a body is never asked for one.
+            headers.append((b"expect", b"100-continue"))
+            sent.is_on_demand = True
     return sent
 
 

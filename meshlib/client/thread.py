@@ -21,7 +21,7 @@ from .connection import NEVER, key_of, limits_of, split_address
 from .faults import IDLE_TIMEOUT, STALE, WRITE_TIMEOUT, late, lost, too_slow, unreachable
 from .pool import Key, Ledger, keep_seconds
 from .terms import ORDINARY
-from .upload import LARGE, PIECE
+from .upload import LARGE, PIECE, demand_end, idle_of, is_on_demand
 
 if TYPE_CHECKING:
     from .way import Attempt, Headers, Reply
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LONGEST = 3600.0
 # The least that one crossing can be given, if nothing is to be awaited.
 MOMENT = 0.001
+# Bytes read at once while the peer may only ask for a body.
+WORD = 64 * 1024
 
 
 class Connection:
@@ -142,7 +144,7 @@ class Connection:
             self._converse(self.wire.send(attempt.method, attempt.target, attempt.headers, body, False))
             return
         self._phase = WRITE_TIMEOUT
-        self.idle = terms.write or (0.0 if terms.is_explicit else attempt.stream_idle)
+        self.idle = idle_of(attempt)
         self._upload(attempt, body)
         self._phase = None
         self.idle = 0.0
@@ -151,6 +153,8 @@ class Connection:
     def _upload(self, attempt: Attempt, body: Any) -> None:
         """Until it ends, or the peer has answered or gone: the rest would be for nobody."""
         if not self._push(self.wire.send(attempt.method, attempt.target, attempt.headers, None, True)):
+            return
+        if is_on_demand(attempt) and not self._is_asked(attempt):
             return
         if isinstance(body, bytes):
             whole = memoryview(body)
@@ -162,6 +166,29 @@ class Connection:
             if piece and not self._push(self.wire.send_body(piece, False)):
                 return
         self._push(self.wire.send_body(b"", True))
+
+    def _is_asked(self, attempt: Attempt) -> bool:
+        """Wait until the peer asks for the body; False if it answers without it."""
+        self._phase = None
+        self.end = demand_end(attempt)
+        while not self._events and not self.wire.has_received:
+            left = self.end - time.monotonic()
+            if left <= 0:
+                raise self._late()
+            if not self._poll(select.POLLIN, left):
+                continue
+            # `converse` would wait for more: this word is no event.
+            data = b""
+            with suppress(OSError):
+                data = self._socket.recv(WORD)
+            if data:
+                self._take(self.wire.receive(data, len(data))[1])
+            else:
+                self._converse(b"")  # it is over, and this says why
+        self._phase = WRITE_TIMEOUT
+        # Half an answer is taken for the word, too: then some of the body goes out in vain.
+        self._is_broken |= bool(self._events)
+        return not self._events
 
     def _push(self, data: bytes) -> bool:
         """Write a piece of a request; False if an answer came first."""

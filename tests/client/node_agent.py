@@ -20,7 +20,10 @@ SECRET = "5ec7e7" * 8
 
 
 class NodeAgent:
-    """Counts what it carried. `fault`, where it is set, answers an attempt in place of its endpoint, by raw bytes; b"" hangs up."""
+    """Counts what it carried. `fault`, where it is set, answers an attempt in place of its endpoint, by raw bytes; b"" hangs up.
+
+    As the real one it asks for a body on demand when it has a connection to the endpoint; one that `is_greedy` asks at once.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,6 +31,7 @@ class NodeAgent:
         self.asked: list[str] = []
         self.fault: bytes | None = None
         self.is_silent = False
+        self.is_greedy = False
         self.secret = SECRET
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -58,10 +62,10 @@ class NodeAgent:
         assert task is not None
         self._tasks.add(task)
         try:
-            while (request := await Request.read(reader)) is not None:
+            while (head := await _head(reader)) is not None:
                 if self.is_silent:
                     await asyncio.sleep(60)
-                if not await self._answer(request, reader, writer):
+                if not await self._answer(head, reader, writer):
                     break
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
@@ -69,7 +73,12 @@ class NodeAgent:
             self._tasks.discard(task)
             writer.transport.abort()
 
-    async def _answer(self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _answer(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        body = _Body(head, reader, writer)
+        if not body.is_on_demand or self.is_greedy:
+            request = await body.request()
+        else:
+            request = body.begun()
         endpoint = request.headers.get("x-mesh-endpoint")
         if endpoint is None:
             self.asked.append(request.target)
@@ -84,7 +93,7 @@ class NodeAgent:
         if self.fault is not None:
             writer.write(self.fault)
             await writer.drain()
-            return bool(self.fault)
+            return bool(self.fault) and not body.is_left
         try:
             host, _, port = endpoint.rpartition(":")
             far, out = (
@@ -94,8 +103,10 @@ class NodeAgent:
             )
         except OSError as error:
             writer.write(failure("connect; written=0", f"no connection to {endpoint} ({error.strerror})."))
-            return True
+            return not body.is_left
         try:
+            if body.is_left:
+                request = self.requests[-1] = await body.request()
             return await self._relay(request, reader, writer, far, out)
         finally:
             out.close()
@@ -109,6 +120,7 @@ class NodeAgent:
         out: asyncio.StreamWriter,
     ) -> bool:
         fields = {name: value for name, value in request.headers.items() if name not in OWN}
+        fields.pop("expect", "")
         if fields.pop("transfer-encoding", ""):
             fields["content-length"] = str(len(request.body))
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
@@ -144,6 +156,51 @@ class NodeAgent:
                     return True
             return False
         return b"connection: close" not in lower
+
+
+class _Body:
+    """What follows a head, which may have to be asked for. `is_left`: it wasn't."""
+
+    def __init__(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._head = head
+        self._reader = reader
+        self._writer = writer
+        self.is_on_demand = self.is_left = b"\r\nexpect: 100-continue\r\n" in head.lower()
+
+    def begun(self) -> Request:
+        """The request without it."""
+        line, *fields = self._head.decode("latin-1").split("\r\n")
+        return Request(
+            line, {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields if field)}, b""
+        )
+
+    async def request(self) -> Request:
+        """The whole of it."""
+        if self.is_on_demand:
+            self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.is_left = False
+        whole = await Request.read(_Again(self._head, self._reader))  # type: ignore[arg-type]
+        assert whole is not None
+        return whole
+
+
+class _Again:
+    """A reader that gives a head once more."""
+
+    def __init__(self, head: bytes, reader: asyncio.StreamReader) -> None:
+        self._head = head
+        self.readexactly = reader.readexactly
+        self.readline = reader.readline
+
+    async def readuntil(self, _: bytes) -> bytes:
+        return self._head
+
+
+async def _head(reader: asyncio.StreamReader) -> bytes | None:
+    try:
+        return await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return None
 
 
 def failure(reason: str, text: str) -> bytes:

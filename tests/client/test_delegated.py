@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import meshlib
 from meshlib import errors
 from tests.agent.proxy_support import echo, served
 from tests.client.node_agent import NodeAgent, failure
-from tests.support import Request, Scripted, mesh_of, ok, scripted
+from tests.support import Request, Scripted, free_port, mesh_of, ok, scripted
 
 
 async def hello(server: Scripted, request: Request) -> bytes:
@@ -527,6 +528,7 @@ async def test_what_is_left_of_an_upload_is_not_sent_as_if_it_were_the_whole(tmp
             yield piece
 
     async with scripted(hello) as server, delegating(tmp_path, server) as (mesh, agent):
+        agent.is_greedy = True
         agent.fault = failure("agent; written=0", "no identity any more.")
         with pytest.raises(errors.AttemptFailed):
             if kind == "async":
@@ -537,3 +539,171 @@ async def test_what_is_left_of_an_upload_is_not_sent_as_if_it_were_the_whole(tmp
                     await asyncio.to_thread(lambda: blocking.put("http://orders/a", content=iter(pieces)))
         assert [len(request.body) for request in agent.requests] == [160_000]
         assert server.requests == []
+
+
+# --- bodies that can't be read twice
+
+
+class Pieces:
+    """A body from a generator, for both kinds of client. Counts what was taken of it."""
+
+    def __init__(self, *sizes: int, pause: float = 0.0) -> None:
+        self.sizes = sizes
+        self.pause = pause
+        self.taken = 0
+        self.is_closed = False
+
+    @property
+    def whole(self) -> bytes:
+        return b"".join(self._piece(at) for at in range(len(self.sizes)))
+
+    def _piece(self, at: int) -> bytes:
+        self.taken += 1
+        return bytes([at]) * self.sizes[at]
+
+    async def several(self) -> AsyncIterator[bytes]:
+        try:
+            for at in range(len(self.sizes)):
+                yield self._piece(at)
+                await asyncio.sleep(self.pause)
+        finally:
+            self.is_closed = True
+
+    def one_by_one(self) -> Iterator[bytes]:
+        try:
+            for at in range(len(self.sizes)):
+                yield self._piece(at)
+                time.sleep(self.pause)
+        finally:
+            self.is_closed = True
+
+
+async def upload(
+    mesh: meshlib.Mesh, kind: str, pieces: Pieces, headers: dict[str, str] | None = None, *, may_repeat: bool = False
+) -> Any:
+    """The answer to a streamed request."""
+    more: dict[str, Any] = {"headers": headers, "extensions": meshlib.policy(idempotent=True) if may_repeat else None}
+    if kind == "async":
+        async with mesh.client() as http:
+            return await http.post("http://orders/a", content=pieces.several(), **more)
+    with mesh.sync_client() as blocking:
+        return await asyncio.to_thread(lambda: blocking.post("http://orders/a", content=pieces.one_by_one(), **more))
+
+
+def word(answer: Any) -> list[str]:
+    found: list[str] = answer.extensions["meshlib.call"].record()["carried"]
+    return found
+
+
+def nobody() -> str:
+    """An address where nobody listens."""
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+@pytest.mark.parametrize(("sizes", "pause"), [((100, 100, 100), 0.02), ((16384,) * 8, 0.0)], ids=["slow", "long"])
+async def test_a_body_is_not_begun_before_the_agent_has_a_connection(
+    tmp_path: Path, kind: str, sizes: tuple[int, ...], pause: float
+) -> None:
+    """An endpoint that refuses connections costs nothing of a streamed body: the next attempt sends it whole, as without the agent."""
+    pieces = Pieces(*sizes, pause=pause)
+    async with scripted(hello) as server:
+        async with delegating(tmp_path, [nobody(), server.address], balance={"policy": "round_robin"}) as (mesh, agent):
+            answer = await upload(mesh, kind, pieces)
+            assert (answer.text, word(answer)) == ("hello from /a", ["agent", "agent"])
+            assert pieces.taken == len(sizes)
+            assert [request.body for request in server.requests] == [Pieces(*sizes).whole]
+            assert [len(request.body) for request in agent.requests] == [0, sum(sizes)]
+            assert "expect" not in server.requests[0].headers
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_an_agent_that_ends_takes_nothing_of_a_body(tmp_path: Path, kind: str) -> None:
+    """It says that it tried nothing: this process sends the body, whole."""
+    pieces = Pieces(*[40_000] * 4)
+    async with scripted(hello) as server, delegating(tmp_path, server) as (mesh, agent):
+        agent.fault = failure("agent; written=0", "this connection ends: nothing was tried.")
+        answer = await upload(mesh, kind, pieces)
+        assert (answer.text, word(answer)) == ("hello from /a", ["unable"])
+        assert [len(request.body) for request in server.requests] == [160_000]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_body_that_waits_for_a_silent_agent_is_sent_by_the_process(tmp_path: Path, kind: str) -> None:
+    """Of a call that may be repeated, and soon."""
+    pieces = Pieces(*[40_000] * 4)
+    async with scripted(hello) as server, delegating(tmp_path, server) as (mesh, agent):
+        await upload(mesh, kind, Pieces(1))
+        agent.is_silent = True
+        begun = time.monotonic()
+        answer = await upload(mesh, kind, pieces, may_repeat=True)
+        assert (answer.text, word(answer)) == ("hello from /a", ["silent"])
+        assert time.monotonic() - begun < 2.0
+        assert [len(request.body) for request in server.requests] == [1, 160_000]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_body_does_not_wait_for_a_silent_agent_beyond_the_deadline(tmp_path: Path, kind: str) -> None:
+    """Of a call that may not be repeated, which ends when its time does."""
+    pieces = Pieces(100)
+    async with scripted(hello) as server, delegating(tmp_path, server, deadline=0.8) as (mesh, agent):
+        await upload(mesh, kind, Pieces(1))
+        agent.is_silent = True
+        begun = time.monotonic()
+        with pytest.raises(errors.DeadlineExceeded):
+            await upload(mesh, kind, pieces)
+        assert 0.7 < time.monotonic() - begun < 2.0
+        assert pieces.taken == 0
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_an_answer_may_come_before_the_body_is_asked_for(tmp_path: Path, kind: str) -> None:
+    """Then nobody wants the body, and the answer counts."""
+    pieces = Pieces(100, 100)
+    async with scripted(hello) as server, delegating(tmp_path, server) as (mesh, agent):
+        agent.fault = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 4\r\n\r\nmuch"
+        answer = await upload(mesh, kind, pieces)
+        assert (answer.status_code, answer.text, pieces.taken) == (413, "much", 0)
+        agent.fault = None
+        assert (await upload(mesh, kind, Pieces(3))).text == "hello from /a"
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_an_agent_that_dies_after_it_asked_for_a_body_blames_nobody(tmp_path: Path, kind: str) -> None:
+    """The call may have been processed, and its error is the agent's, as of any other that is cut off."""
+    release = asyncio.Event()
+
+    async def slow(server: Scripted, request: Request) -> bytes:
+        await release.wait()
+        return ok(b"done")
+
+    async with scripted(slow) as server, delegating(tmp_path, server) as (mesh, agent):
+        call = asyncio.create_task(upload(mesh, kind, Pieces(100)))
+        await eventually(lambda: server.requests)
+        await agent.stop()
+        with pytest.raises(errors.ConnectionLost) as caught:
+            await call
+        release.set()
+        assert (caught.value.reason, caught.value.is_written) == ("send.agent_closed", True)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_streamed_body_may_be_empty(tmp_path: Path, kind: str) -> None:
+    """With a length of 0 it is never asked for, and without a length it is: both are answered."""
+    async with scripted(hello) as server, delegating(tmp_path, server) as (mesh, agent):
+        for headers in ({"content-length": "0"}, None):
+            answer = await upload(mesh, kind, Pieces(), headers)
+            assert (answer.text, word(answer)) == ("hello from /a", ["agent"])
+        assert ["expect" in request.headers for request in agent.requests] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_what_an_application_expects_reaches_the_endpoint(tmp_path: Path, kind: str) -> None:
+    """The agent would keep it for itself: this process sends such a call, as it does without the agent."""
+    async with scripted(hello) as server, delegating(tmp_path, server) as (mesh, agent):
+        for pieces in (Pieces(1, 2), Pieces()):
+            answer = await upload(mesh, kind, pieces, {"Expect": "100-continue"})
+            assert answer.text == "hello from /a"
+        assert [request.headers["expect"] for request in server.requests] == ["100-continue"] * 2
+        assert agent.requests == []

@@ -8,7 +8,7 @@ import os
 import signal
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +235,120 @@ async def test_a_hung_proxy_does_not_hold_http2_calls(tmp_path: Path) -> None:
                     assert {word for answer in answers for word in carried(answer)} <= {"silent", "away"}
                 finally:
                     os.kill(agent.pid, signal.SIGCONT)
+
+
+# --- bodies that can't be read twice, and answers that halt
+
+HALTING = """
+import asyncio
+
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    if scope["path"] == "/early":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"early"})
+        return
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size += len(message.get("body", b""))
+        if not message.get("more_body"):
+            break
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8")]})
+    if scope["path"] == "/halting":
+        await asyncio.sleep(1.0)
+    await send({"type": "http.response.body", "body": b"%8d" % size})
+"""
+
+
+@contextlib.contextmanager
+def answering(folder: Path) -> Iterator[str]:
+    """An application that speaks both versions of HTTP: its address."""
+    own, port = folder / "identities" / "orders", free_port()
+    (folder / "service.py").write_text(HALTING)
+    command = [PYTHON, "-m", "hypercorn", "service:app", "--bind", f"127.0.0.1:{port}"]
+    command += ["--certfile", str(own / "svid.pem"), "--keyfile", str(own / "key.pem")]
+    command += ["--ca-certs", str(own / "bundle.pem"), "--verify-mode", "CERT_REQUIRED"]
+    with process(*command, cwd=folder) as server:
+        wait_until_listening(port, server)
+        yield f"127.0.0.1:{port}"
+
+
+class Body:
+    """A body from a generator, for both kinds of client."""
+
+    def __init__(self, *sizes: int, pause: float = 0.0) -> None:
+        self.sizes = sizes
+        self.pause = pause
+        self.is_begun = self.is_closed = False
+
+    async def several(self) -> AsyncIterator[bytes]:
+        self.is_begun = True
+        try:
+            for size in self.sizes:
+                yield bytes(size)
+                await asyncio.sleep(self.pause)
+        finally:
+            self.is_closed = True
+
+    def one_by_one(self) -> Iterator[bytes]:
+        for size in self.sizes:
+            yield bytes(size)
+            time.sleep(self.pause)
+
+
+Call = Callable[[str, Body | None], Any]
+
+
+@contextlib.asynccontextmanager
+async def caller(folder: Path, kind: str, addresses: list[str], protocol: str) -> AsyncIterator[tuple[meshlib.Mesh, Call]]:
+    """Calls of a mesh whose `orders` is delegated: a GET, or a POST with a body."""
+    orders: dict[str, Any] = {"discover": {"static": addresses}, "delegate": "agent", "protocol": protocol, "deadline": 6}
+    orders["balance"] = {"policy": "round_robin"}
+    told = {"data": str(folder / "data.sock"), "ca": "ca"}
+    with mesh_of(folder, {"orders": orders}, mode="enforce", agent=told) as mesh, mesh.sync_client() as blocking:
+        async with mesh.client() as http:
+
+            async def call(path: str, body: Body | None) -> Any:
+                method, url = "GET" if body is None else "POST", f"http://orders{path}"
+                if kind == "async":
+                    return await http.request(method, url, content=None if body is None else body.several())
+                content = None if body is None else body.one_by_one()
+                return await asyncio.to_thread(lambda: blocking.request(method, url, content=content))
+
+            yield mesh, call
+
+
+@pytest.mark.parametrize("protocol", ["http", "http2"])
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_an_endpoint_that_refuses_costs_nothing_of_a_body(tmp_path: Path, kind: str, protocol: str) -> None:
+    """A streamed upload goes to the next one, by the proxy: slow pieces, several at once, and more than is kept of others."""
+    identities(tmp_path, "me", "orders")
+    sizes = [Body(*[100] * 4, pause=0.05), Body(*[16384] * 8), Body(*[65536] * 40), Body(400_000, 1)]
+    with answering(tmp_path) as address, proxied(tmp_path):
+        for body in sizes:
+            dead = f"127.0.0.1:{free_port()}"
+            async with caller(tmp_path, kind, [dead, address], protocol) as (_, call):
+                ways = []
+                for _ in range(2):  # one of them meets the endpoint that refuses
+                    answer = await call("/", body)
+                    assert int(answer.text) == sum(body.sizes)
+                    ways.append(carried(answer))
+                assert sorted(ways) == [["agent"], ["agent", "agent"]]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_an_answer_that_comes_early_ends_the_upload(tmp_path: Path, kind: str) -> None:
+    """And what is left of its generator is put away."""
+    identities(tmp_path, "me", "orders")
+    with answering(tmp_path) as address, proxied(tmp_path):
+        async with caller(tmp_path, kind, [address], "http") as (_, call):
+            body = Body(*[100] * 20, pause=0.1)
+            answer = await call("/early", body)
+            assert (answer.text, carried(answer)) == ("early", ["agent"])
+            if kind == "async":
+                assert body.is_closed is body.is_begun
+            assert int((await call("/", Body(100))).text) == 100

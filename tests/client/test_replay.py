@@ -10,7 +10,9 @@ import httpx
 import pytest
 
 import meshlib
-from meshlib.client.replay import LIMIT, AsyncReplayed, Replayed, replayed
+from meshlib.client.replay import AHEAD, LIMIT, AsyncReplayed, Replayed, replayed
+from meshlib.client.upload import feed
+from meshlib.client.way import Attempt
 
 from ..support import Request, Scripted, mesh_of, ok, scripted
 
@@ -137,3 +139,115 @@ def test_a_body_of_both_kinds_is_read_as_its_caller_reads() -> None:
 
     assert isinstance(replayed(Both(), is_blocking=True), Replayed)
     assert isinstance(replayed(Both(), is_blocking=False), AsyncReplayed)
+
+
+# --- a body that is held: taken by somebody who has no connection yet, and may fail
+
+
+class Steps:
+    """A body whose pieces come when they are let go."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Semaphore(0)
+        self.error: Exception | None = None
+        self.is_closed = False
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        try:
+            for number in range(3):
+                await self.go.acquire()
+                if self.error is not None:
+                    raise self.error
+                yield b"%d" % number
+        finally:
+            self.is_closed = True
+
+
+class Upload:
+    """An upload of a held body, and what it has pushed."""
+
+    def __init__(self, body: AsyncReplayed) -> None:
+        self.pushed: list[bytes] = []
+        self.is_over = False
+        attempt = Attempt("", "", None, "POST", "/", [], body, 0.0, 1.0)
+        self.task = asyncio.ensure_future(feed(attempt, self._push))
+
+    async def _push(self, piece: bytes | memoryview, is_last: bool) -> bool:
+        if self.is_over:
+            return False
+        self.pushed.append(bytes(piece))
+        return True
+
+    async def give_up(self) -> None:
+        self.is_over = True
+        self.task.cancel()
+        await asyncio.wait((self.task,))
+
+
+async def held() -> tuple[Steps, AsyncReplayed, Upload]:
+    """A held body in the middle of its second piece."""
+    steps = Steps()
+    body = AsyncReplayed(steps.pieces())
+    body.hold()
+    upload = Upload(body)
+    steps.go.release()
+    await asyncio.sleep(0.01)
+    assert upload.pushed == [b"0"]
+    return steps, body, upload
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+async def test_a_generator_in_the_middle_of_a_piece_outlives_an_attempt(is_held: bool) -> None:
+    """The piece is the next attempt's, with all before it; also where that one sends it by other means."""
+    steps, body, upload = await held()
+    await upload.give_up()
+    assert not body.is_lost
+    body.is_held = is_held
+    again = Upload(body)
+    for _ in range(2):
+        steps.go.release()
+    await asyncio.wait_for(again.task, 1.0)
+    assert again.pushed == [b"0", b"1", b"2", b""]
+    assert upload.pushed == [b"0"]
+    assert steps.is_closed
+
+
+async def test_a_generator_that_fails_between_two_attempts_is_not_taken_for_whole() -> None:
+    """Its error is that of the next one."""
+    steps, body, upload = await held()
+    await upload.give_up()
+    steps.error = LookupError()
+    steps.go.release()
+    await asyncio.sleep(0.01)
+    with pytest.raises(LookupError):
+        await Upload(body).task
+
+
+async def test_a_held_body_is_put_away_when_the_call_has_failed() -> None:
+    """Though a generator was left in the middle of a piece."""
+    steps, body, upload = await held()
+    await upload.give_up()
+    await body.close()
+    assert steps.is_closed
+    assert body.is_lost
+
+
+@pytest.mark.parametrize("is_given_up", [True, False])
+async def test_a_held_body_is_put_away_with_its_answer(is_given_up: bool) -> None:
+    """At once, or when the upload that goes on beside it ends."""
+    steps, body, upload = await held()
+    if is_given_up:
+        await upload.give_up()
+    await body.release()
+    assert steps.is_closed is is_given_up
+    await upload.give_up()
+    assert steps.is_closed
+
+
+def test_what_is_taken_ahead_of_a_connection_is_kept() -> None:
+    """All that fits into the window, and the piece that waits behind it."""
+    for sizes, is_lost in (((AHEAD, 1_000_000), False), ((AHEAD, 1, 1), True)):
+        body = Replayed([bytes(size) for size in sizes])
+        body.hold()
+        assert [len(piece) for piece in body] == list(sizes)
+        assert body.is_lost is is_lost
