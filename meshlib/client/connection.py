@@ -295,9 +295,9 @@ class Connection(asyncio.BufferedProtocol):
         self._end(error)
 
     def cut(self, may_end: Callable[[Attempt], bool], error: errors.AttemptFailed) -> None:
-        """End the exchange that waits for its head, if `may_end` says so of it."""
-        attempt, reply = self._attempt, self._reply
-        if attempt is not None and reply is not None and not reply.done() and may_end(attempt):
+        """End the exchange, if `may_end` says so of it."""
+        attempt = self._attempt
+        if attempt is not None and may_end(attempt):
             self.abort(error)
 
     def bury(self) -> None:

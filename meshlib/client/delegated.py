@@ -186,17 +186,18 @@ class Delegation:
 class AgentAttempt(Attempt):
     """An attempt on its way to the agent. `is_repeatable`: it may be sent again after it may have been processed.
 
-    `is_on_demand`: see `upload.py`.
+    `is_answered`: its answer is the application's, maybe while it still comes. `is_on_demand`: see `upload.py`.
     """
 
-    __slots__ = ("is_on_demand", "is_repeatable")
+    __slots__ = ("is_answered", "is_on_demand", "is_repeatable")
+    is_answered: bool
     is_on_demand: bool
     is_repeatable: bool
 
 
 def may_end(attempt: Attempt) -> bool:
     """Is this attempt to be given up when the agent is silent? What can't be sent again may still be answered."""
-    return isinstance(attempt, AgentAttempt) and attempt.is_repeatable
+    return isinstance(attempt, AgentAttempt) and attempt.is_repeatable and not attempt.is_answered
 
 
 class Delegate:
@@ -237,6 +238,7 @@ class Delegate:
             if not isinstance(reply[4], bytes) and sent.is_repeatable:
                 # What breaks off while a short body comes can still be asked for again.
                 reply = await _whole(reply)
+            self._answered(sent)
         except errors.AttemptFailed as error:
             attempt.by = why = self._judged(error, attempt, sent)
         else:
@@ -283,6 +285,10 @@ class Delegate:
     def _now(self) -> float:
         raise NotImplementedError
 
+    def _answered(self, sent: AgentAttempt) -> None:
+        """What still comes of the answer is the application's."""
+        sent.is_answered = True
+
     def use(self, agent: AgentSocket) -> None:
         self._own.agent = agent
 
@@ -324,6 +330,10 @@ class ThreadDelegate(Delegate):
     def _now(self) -> float:
         return time.monotonic()
 
+    def _answered(self, sent: AgentAttempt) -> None:
+        super()._answered(sent)
+        self._own.end(sent)
+
     def cut(self) -> None:
         self._own.cut()
 
@@ -337,60 +347,83 @@ class AgentThreads(ThreadCarrier):
     def __init__(self, ledger: Ledger, agent: AgentSocket) -> None:
         super().__init__(ledger)
         self.agent = agent
-        self._busy: dict[Any, AgentAttempt] = {}
+        # What can be cut: until its answer is whole, or the application's.
+        self._busy: dict[AgentAttempt, AgentConnection] = {}
 
     def connect(self, attempt: Attempt, key: Key) -> Connection:
         return AgentConnection(self, attempt, key)
 
     def begin(self, connection: AgentConnection, attempt: AgentAttempt) -> None:
-        self._busy[connection] = attempt
+        self._busy[attempt] = connection
 
-    def end(self, connection: AgentConnection) -> None:
-        self._busy.pop(connection, None)
+    def end(self, attempt: AgentAttempt) -> None:
+        connection = self._busy.get(attempt)
+        if connection is not None:
+            connection.spare(attempt)
+
+    def drop(self, attempt: Any) -> None:
+        self._busy.pop(attempt, None)
+
+    def is_busy(self, attempt: AgentAttempt) -> bool:
+        return attempt in self._busy
 
     def cut(self) -> None:
-        for connection, attempt in list(self._busy.items()):
-            if attempt.is_repeatable:
-                connection.cut()
+        for attempt, connection in list(self._busy.items()):
+            if may_end(attempt):
+                connection.cut(attempt)
 
 
 class AgentConnection(Connection):
     """One of them. Another thread may end it, while its own waits."""
 
-    __slots__ = ("_ending", "_is_cut")
+    __slots__ = ("_agents", "_ending", "_is_cut")
 
     def __init__(self, carrier: AgentThreads, attempt: Attempt, key: Key) -> None:
+        self._agents = carrier
         self._ending = threading.Lock()
         self._is_cut = False
         super().__init__(carrier, attempt, key)
 
     def dial(self, attempt: Attempt) -> socket.socket:
-        carrier = self._carrier
-        assert isinstance(carrier, AgentThreads)
-        return carrier.agent.open()
+        return self._agents.agent.open()
 
     def exchange(self, attempt: Attempt) -> Reply:
-        carrier = self._carrier
-        assert isinstance(carrier, AgentThreads)
         assert isinstance(attempt, AgentAttempt)
-        carrier.begin(self, attempt)
+        self._agents.begin(self, attempt)
         try:
             return super().exchange(attempt)
         except errors.AttemptFailed:
             if self._is_cut:
                 raise _silent() from None
             raise
-        finally:
-            carrier.end(self)
 
-    def cut(self) -> None:
+    def read(self) -> bytes:
+        try:
+            return super().read()
+        except errors.AttemptFailed:
+            if self._is_cut:
+                raise _silent() from None
+            raise
+
+    def cut(self, attempt: AgentAttempt) -> None:
         with self._ending:
-            # Never a number that has gone to another file.
-            if not self.is_closed():
+            # Never a number that has gone to another file, nor the next attempt over the same connection.
+            if self._agents.is_busy(attempt) and not self.is_closed():
                 self._is_cut = True
                 self.hang_up()
 
+    def spare(self, attempt: Attempt | None) -> None:
+        """From now on it isn't cut."""
+        with self._ending:
+            self._agents.drop(attempt)
+
+    def _over(self, is_reusable: bool) -> None:
+        # Once it is given back it may be another thread's.
+        self.spare(self._attempt)
+        super()._over(is_reusable)
+
     def close(self) -> None:
+        self.spare(self._attempt)
         with self._ending:
             super().close()
 
@@ -448,7 +481,7 @@ def handed_over(attempt: Attempt, address: str, own: str) -> AgentAttempt:
         attempt.terms, attempt.hard_end, native, attempt.is_http2, attempt.head_end,
     )  # fmt: skip
     sent.is_repeatable = native is not None and native.is_idempotent
-    sent.is_on_demand = False
+    sent.is_answered = sent.is_on_demand = False
     if isinstance(attempt.body, Replay):
         if is_http2:
             attempt.body.hold()

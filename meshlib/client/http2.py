@@ -137,9 +137,9 @@ class Http2Connection(asyncio.BufferedProtocol):
         self._end(error)
 
     def cut(self, may_end: Callable[[Attempt], bool], error: errors.AttemptFailed) -> None:
-        """End the exchanges that wait for their heads, if `may_end` says so of them."""
+        """End the exchanges of which `may_end` says so."""
         for stream, exchange in tuple(self._exchanges.items()):
-            if exchange.is_waiting and may_end(exchange.attempt):
+            if may_end(exchange.attempt):
                 self.give_up(stream)
                 exchange.fail(copy.copy(error))
 

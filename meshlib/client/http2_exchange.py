@@ -199,11 +199,6 @@ class Exchange:
             self._reply.exception()
         _wake(self._reader)
 
-    @property
-    def is_waiting(self) -> bool:
-        """For the head of its answer."""
-        return not self._is_over and not self._reply.done()
-
     # --- its time
 
     def _watch(self, end: float) -> None:

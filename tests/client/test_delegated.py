@@ -707,3 +707,67 @@ async def test_what_an_application_expects_reaches_the_endpoint(tmp_path: Path, 
             assert answer.text == "hello from /a"
         assert [request.headers["expect"] for request in server.requests] == ["100-continue"] * 2
         assert agent.requests == []
+
+
+# --- an agent that falls silent behind the head of an answer
+
+
+@contextlib.asynccontextmanager
+async def halting(is_long: bool = False) -> AsyncIterator[tuple[str, asyncio.Event, list[int]]]:
+    """An endpoint whose first answer stops after its head: its address, what lets it go on, and how many came."""
+    go_on, asked = asyncio.Event(), [0]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await Request.read(reader) is not None:
+            asked[0] += 1
+            length = 100_000 if is_long else 5
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % length)
+            if asked[0] == 1:
+                await go_on.wait()
+            writer.write(b"hello" * (length // 5))
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{listening.sockets[0].getsockname()[1]}", go_on, asked
+    finally:
+        go_on.set()
+        listening.close()
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_short_body_is_not_awaited_from_a_silent_agent(tmp_path: Path, kind: str) -> None:
+    """The head was there, and nobody has been told of it: a call that may be repeated goes on in this process."""
+    async with halting() as (address, _, asked), delegating(tmp_path, [address], deadline=6) as (mesh, agent):
+        begun = time.monotonic()
+        call = asyncio.create_task(get(mesh, kind))
+        await eventually(lambda: asked[0] and mesh.delegation is not None and mesh.delegation.watch.state == "up")
+        await asyncio.sleep(0.2)
+        agent.is_silent = True
+        answer = await call
+        assert (answer.text, word(answer)) == ("hello", ["silent"])
+        assert time.monotonic() - begun < 3.0
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_an_answer_that_streams_to_the_application_is_left_to_a_silent_agent(tmp_path: Path, kind: str) -> None:
+    """It may come to itself, and the rest with it."""
+    async with halting(is_long=True) as (address, go_on, asked), delegating(tmp_path, [address]) as (mesh, agent):
+        call = asyncio.create_task(get(mesh, kind))
+        await eventually(lambda: asked[0] and mesh.delegation is not None and mesh.delegation.watch.state == "up")
+        await asyncio.sleep(0.2)
+        agent.is_silent = True
+        await eventually(lambda: mesh.delegation is not None and mesh.delegation.watch.is_away)
+        await asyncio.sleep(0.2)
+        assert not call.done()
+        go_on.set()
+        answer = await call
+        assert (len(answer.text), word(answer), asked) == (100_000, ["agent"], [1])
+
+
+async def get(mesh: meshlib.Mesh, kind: str) -> Any:
+    if kind == "async":
+        async with mesh.client() as http:
+            return await http.get("http://orders/")
+    with mesh.sync_client() as blocking:
+        return await asyncio.to_thread(blocking.get, "http://orders/")

@@ -352,3 +352,23 @@ async def test_an_answer_that_comes_early_ends_the_upload(tmp_path: Path, kind: 
             if kind == "async":
                 assert body.is_closed is body.is_begun
             assert int((await call("/", Body(100))).text) == 100
+
+
+@pytest.mark.parametrize("protocol", ["http", "http2"])
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_proxy_that_hangs_behind_a_head_costs_no_call(tmp_path: Path, kind: str, protocol: str) -> None:
+    """A short body that it owes is not waited for."""
+    identities(tmp_path, "me", "orders")
+    with answering(tmp_path) as address, proxied(tmp_path) as agent:
+        async with caller(tmp_path, kind, [address], protocol) as (_, call):
+            await call("/", None)
+            begun = time.monotonic()
+            halting = asyncio.ensure_future(call("/halting", None))
+            await asyncio.sleep(0.4)
+            os.kill(agent.pid, signal.SIGSTOP)
+            try:
+                answer = await halting
+            finally:
+                os.kill(agent.pid, signal.SIGCONT)
+            assert (int(answer.text), carried(answer)) == (0, ["silent"])
+            assert time.monotonic() - begun < 4.0
