@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import shutil
 import tempfile
@@ -32,7 +33,7 @@ from ..secure.ca import CertificateAuthority, Issued
 from ..secure.enrol import EnrolledSource
 from ..secure.files import Secret
 from ..secure.identity import Identity, IdentitySource, renewal_of
-from ..secure.jwt_svid import Handed, TokenKeys, handed_out, jwks
+from ..secure.jwt_svid import Handed, TokenKeys, handed_out, jwks, kid_of, kids_of
 from ..secure.proof import Parts, prove
 
 log = logging.getLogger("meshlib.agent")
@@ -43,8 +44,10 @@ LOOK: Final = 1.0
 LOOK_EVERY: Final = 30.0
 # After a failure it is tried again after a second, then after twice as long each time, up to this.
 LONGEST_PAUSE: Final = 60.0
-# Seconds between two questions for the keys of tokens, and a share of that by which agents spread.
+# Seconds between two questions for the keys of tokens, and a share of that by which agents spread. Where a token names a key that
+# isn't known, between two questions at least.
 KEYS_EVERY: Final = 300.0
+SEEK_EVERY: Final = 5.0
 JITTER: Final = 0.1
 
 
@@ -78,6 +81,15 @@ class Authority(Protocol):
 
     def look(self, own: Identity | None) -> None:
         """Whatever is due that belongs to no single identity. `own`: one that may be shown to the CA."""
+        ...
+
+    @property
+    def looked(self) -> float:
+        """When the last look that succeeded began, by its own clock; -inf if there was none."""
+        ...
+
+    def seek(self) -> float:
+        """The key of a token isn't known: look again soon, though no more than each few seconds. Answers the clock's time."""
         ...
 
     def jwt(self, identity: Identity, service: str, audiences: Sequence[str]) -> Handed: ...
@@ -125,6 +137,7 @@ class Embedded:
         self._authority: CertificateAuthority | None = None
         self._known: Known | None = None
         self._due = 0.0
+        self.looked = -math.inf
         self.trouble = ""
 
     @property
@@ -141,6 +154,11 @@ class Embedded:
 
     def check(self) -> None:
         self.known()
+        # Now, and not with the first token: whoever is shown one must have heard of its key.
+        TokenKeys(self._folder).create()
+        with self._lock:
+            self._due = 0.0
+        self.known()
 
     def source_of(self, service: str, spiffe_id: str, token: Path | None) -> IdentitySource:
         return EmbeddedSource(self, service, spiffe_id)
@@ -151,8 +169,8 @@ class Embedded:
     def known(self) -> Known:
         """What the folder says, no older than `LOOK`: one look for all services."""
         with self._lock:
-            known = self._known
-            if known is not None and self._clock() < self._due:
+            known, now = self._known, self._clock()
+            if known is not None and now < self._due:
                 return known
             try:
                 authority = self._opened()
@@ -164,9 +182,13 @@ class Embedded:
                 raise
             if known != self._known or self.trouble:
                 self._known = known
-            self.trouble = ""
+            self.trouble, self.looked = "", now
             self._due = self._clock() + LOOK
             return self._known or known
+
+    def seek(self) -> float:
+        """The folder is looked at all the time."""
+        return self._clock()
 
     def issue(self, service: str, spiffe_id: str) -> Issued:
         """A new certificate, unless the last word about this ID was that it was taken back."""
@@ -181,7 +203,7 @@ class Embedded:
             self._refuse_withdrawn(authority, identity.spiffe_id)
         handed = handed_out(authority, service, identity.spiffe_id, audiences, by="agent", serial=identity.serial)
         with self._lock:
-            self._due = 0.0  # the first token makes the first key
+            self._due = 0.0  # where the keys were taken away, the token has made another one
         return handed
 
     def close(self) -> None:
@@ -322,6 +344,8 @@ class Enrolled:
         self._ask = ask
         self._bundle: bundles.Bundle | None = None
         self._due = 0.0
+        self._asked = -math.inf
+        self.looked = -math.inf
         self._tries = 0
         self._problem = ""
         self._unwritten = ""
@@ -356,6 +380,7 @@ class Enrolled:
         now = self._clock()
         if own is None or now < self._due:
             return
+        self._asked = now
         roots = own.bundles.get(self.trust_domain, b"")
         try:
             found = bundles.parse_json(self._ask(self._place, roots, "GET", "/v1/bundle"), self.trust_domain)
@@ -369,8 +394,13 @@ class Enrolled:
             self._due = now + min(KEYS_EVERY, 2.0 ** min(self._tries, 30)) * (0.5 + self._chance() / 2)
             self._tries += 1
             raise
-        self._bundle, self._problem, self._tries = found, "", 0
+        self._bundle, self._problem, self._tries, self.looked = found, "", 0, now
         self._due = now + KEYS_EVERY * (1.0 + JITTER * (2.0 * self._chance() - 1.0))
+
+    def seek(self) -> float:
+        now = self._clock()
+        self._due = min(self._due, self._asked + SEEK_EVERY)
+        return now
 
     def jwt(self, identity: Identity, service: str, audiences: Sequence[str]) -> Handed:
         roots = identity.bundles.get(self.trust_domain, b"")
@@ -383,8 +413,8 @@ class Enrolled:
             raise IdentityError("the CA's answer can't be read.", hint="Is it a meshlib of another version?") from None
         if handed.spiffe_id != identity.spiffe_id:
             raise IdentityError("the CA's token is for somebody else.", hint="Look at the CA's log.")
-        if self._bundle is None or not json.loads(self._bundle.jwt)["keys"]:
-            self._due = 0.0  # the first token makes the first key
+        if kid_of(handed.text) not in kids_of(self.token_keys):
+            self._due = 0.0  # by a key that we have not heard of
         return handed
 
     def close(self) -> None:

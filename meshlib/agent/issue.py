@@ -46,6 +46,8 @@ PATIENCE: Final = 10.0
 # Tokens that are kept to be given again, and new ones for one identity in a minute: each is a line in the CA's audit log.
 MOST_TOKENS: Final = 1024
 TOKENS_A_MINUTE: Final = 120
+# Names of keys that nobody has heard of, which are remembered so that each is asked for once.
+MOST_SOUGHT: Final = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +91,8 @@ class Issuer:
         self._held: dict[str, _Held] = {}
         self._by_service: dict[str, str] = {}
         self._tokens: OrderedDict[tuple[str, tuple[str, ...]], _Token] = OrderedDict()
+        # Keys of tokens that aren't known: since when, by the clock of who vouches.
+        self._sought: OrderedDict[str, float] = OrderedDict()
         self._callbacks: list[Callable[[], None]] = []
         self._told: tuple[object, ...] = ()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="meshlib-issue")
@@ -233,6 +237,19 @@ class Issuer:
                 if known is not None:
                     found[name] = known.jwt
         return found
+
+    def may_hear_of(self, trust_domain: str, kid: str) -> bool:
+        if trust_domain != self._authority.trust_domain:
+            return False
+        first = self._sought.get(kid)
+        if first is not None and self._authority.looked >= first:
+            return False
+        now = self._authority.seek()
+        if first is None:
+            self._sought[kid] = now
+            while len(self._sought) > MOST_SOUGHT:
+                self._sought.popitem(last=False)
+        return True
 
     async def jwt(self, entry: Entry, audiences: Sequence[str]) -> tuple[str, str]:
         held = self._held.get(self._by_service.get(entry.service, ""))

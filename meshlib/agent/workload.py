@@ -6,6 +6,7 @@ connection belongs to the process that opened it; for every call, and again afte
     no header workload.spiffe.io: true     InvalidArgument, before anything else: a browser can't send it
     no entry, or nobody attested           PermissionDenied, always in the same words
     an entry, and no identity yet          Unavailable: the caller asks again, and keeps what it has
+    a token by a key of ours, unheard of   Unavailable, until the CA was asked for its keys: it may be a new one
     the first message                      at once; each one holds everything, what is not in it is taken back
     entries or identities are gone         the stream ends with PermissionDenied
 
@@ -69,6 +70,10 @@ class Identities(Protocol):
 
     def jwt_bundles(self) -> Mapping[str, bytes]:
         """The keys of tokens as a JWK set (JSON), by trust domain."""
+        ...
+
+    def may_hear_of(self, trust_domain: str, kid: str) -> bool:
+        """A token names a key that isn't there: True while that may be because it was not asked for since. Then it is, soon."""
         ...
 
     def watch(self, callback: Callable[[], None]) -> Callable[[], None]:
@@ -245,7 +250,19 @@ class WorkloadApi:
             answer.claims.update(claims)
             return _bytes(answer)
         except (MeshError, ValueError, TypeError, RecursionError, KeyError):
+            if self._may_be_new(domain, keys, jwt_svid.kid_of(request.svid)):
+                # Clients never ask again after InvalidArgument.
+                raise Ended(Code.UNAVAILABLE, "the key of this token is not known yet, and is being asked for") from None
             raise bad from None
+
+    def _may_be_new(self, domain: str, keys: bytes, kid: str) -> bool:
+        """Is a token perhaps by a key that came after these?"""
+        if not kid or kid in jwt_svid.kids_of(keys):
+            return False
+        # In this order: what was found meanwhile, on another thread, is there before it is said that it was looked for.
+        return self._identities.may_hear_of(domain, kid) or kid in jwt_svid.kids_of(
+            self._identities.jwt_bundles().get(domain, b"")
+        )
 
 
 class _Session:

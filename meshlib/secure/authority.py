@@ -101,6 +101,10 @@ class Service:
             "/v1/crl": ("GET", lambda _: Reply(200, self.authority.crl, _PEM)),
         }
 
+    def prepare(self) -> None:
+        """What has to be there before the first question."""
+        self._keys.create()
+
     def answer(self, request: Request) -> Reply:
         method, handle = self._routes.get(request.path, ("", None))
         if handle is None:

@@ -72,7 +72,9 @@ class Server:
 
     async def start(self, host: str, port: int) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._pool, self.tend)  # nothing listens before there is an identity
+        # Nothing listens before there is an identity, and a key for tokens: everybody has to hear of it before it signs.
+        await loop.run_in_executor(self._pool, self.service.prepare)
+        await loop.run_in_executor(self._pool, self.tend)
         try:
             self._server = await asyncio.start_server(self._accept, host, port, backlog=MOST)
         except OSError as error:

@@ -13,7 +13,8 @@ published first and signs later, as others must have heard of it; an old one sta
     finish     the old one is published no more
 
 The CA takes these steps with those of its root's rotation. `handed_out` is how a workload gets a token, by hand (`meshlib ca
-jwt`) or from the CA's service (`authority.py`): the first one makes the first key, and each is logged.
+jwt`) or from the CA's service (`authority.py`), and each is logged. The first key is made when a service of the CA begins, since
+others must have heard of that one, too; by hand, with the first token.
 
 Tokens that come in are judged by the core, like those of any provider (`is_svid`), with the keys of the subject's own trust
 domain. `validated` does that for one token by hand. No token is revoked, and none is counted: it ends soon.
@@ -129,6 +130,24 @@ class TokenKey:
 def jwks(keys: Sequence[dict[str, str]]) -> bytes:
     """The JWK set of public keys: the part for tokens of a SPIFFE bundle."""
     return json.dumps({"keys": list(keys)}, separators=(",", ":")).encode()
+
+
+def kids_of(keys: bytes) -> frozenset[str]:
+    """The names of the keys of a JWK set, as far as it is one."""
+    try:
+        return frozenset(str(key["kid"]) for key in json.loads(keys or b"{}").get("keys", ()) if "kid" in key)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return frozenset()
+
+
+def kid_of(token: str) -> str:
+    """The name of the key that a token says it is signed by; "" if it says none."""
+    try:
+        head = token.split(".", 1)[0]
+        kid = json.loads(base64.urlsafe_b64decode(head + "=" * (-len(head) % 4)))["kid"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    return kid if isinstance(kid, str) else ""
 
 
 def validated(

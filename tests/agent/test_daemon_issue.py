@@ -18,7 +18,7 @@ from meshlib.config import Config
 from meshlib.errors import IdentityError, TrustDomainError
 from meshlib.secure import CertificateAuthority, certificates
 from meshlib.secure.authority import Service
-from meshlib.secure.jwt_svid import TokenKeys, validated
+from meshlib.secure.jwt_svid import TokenKeys, kid_of, kids_of, validated
 from tests.agent.daemon_world import DOMAIN, config_of
 from tests.secure.ca_world import events, serving, token_of, url_of
 
@@ -238,7 +238,6 @@ async def test_a_token_is_for_its_audience_and_given_again_until_half_of_its_lif
     config = config_of(tmp_path)
     issuer = await issuing(config)
     entry = entry_of(config)
-    assert json.loads(issuer.jwt_bundles()[DOMAIN]) == {"keys": []}
     token, _ = await issuer.jwt(entry, ["stock"])
     again, _ = await issuer.jwt(entry, ["stock"])
     other, _ = await issuer.jwt(entry, ["stock", "till"])
@@ -248,6 +247,17 @@ async def test_a_token_is_for_its_audience_and_given_again_until_half_of_its_lif
     assert claims["sub"] == f"spiffe://{DOMAIN}/ns/default/sa/orders"
     assert claims["exp"] - claims["iat"] <= 300
     await until(lambda: len(json.loads(issuer.jwt_bundles()[DOMAIN])["keys"]) == 1)
+
+
+async def test_the_key_of_tokens_is_told_before_the_first_token(tmp_path: Path, authority: Any, issuing: Make) -> None:
+    """It is made when the agent looks at its parts, and not by the first who wants a token."""
+    config = config_of(tmp_path)
+    Issuer(config).check()
+    issuer = await issuing(config)
+    await until(lambda: len(kids_of(issuer.jwt_bundles()[DOMAIN])) == 1)
+    before = kids_of(issuer.jwt_bundles()[DOMAIN])
+    token, _ = await issuer.jwt(entry_of(config), ["stock"])
+    assert {kid_of(token)} == before
 
 
 async def test_a_token_without_an_audience_is_refused(tmp_path: Path, authority: Any, issuing: Make) -> None:
@@ -341,6 +351,25 @@ async def test_an_entry_enrols_with_its_token_and_renews_with_its_certificate(
         assert jwt.decode(token, options={"verify_signature": False})["aud"] == "stock"
         await until(lambda: len(json.loads(issuer.jwt_bundles()[DOMAIN])["keys"]) == 1)
     assert events(authority).count("renewal") >= 1
+
+
+async def test_a_key_of_tokens_that_nobody_has_heard_of_is_asked_for(
+    box: Path, authority: CertificateAuthority, issuing: Make
+) -> None:
+    """Soon and once, though the keys are not due for minutes: until then nobody can say that the token is bad, and then they can."""
+    put_token(box, authority)
+    assert authority.folder is not None
+    keys = TokenKeys(authority.folder)
+    with serving(Service(authority)) as server:
+        config = config_of(box, f'enrol: "{url_of(server)}"', ENTRY)
+        issuer = await issuing(config)
+        await until(lambda: len(kids_of(issuer.jwt_bundles()[DOMAIN])) == 1)
+        keys.begin()
+        keys.activate()
+        new = keys.signing().kid
+        assert (issuer.may_hear_of(DOMAIN, new), issuer.may_hear_of(DOMAIN, "forged")) == (True, True)
+        await until(lambda: new in kids_of(issuer.jwt_bundles()[DOMAIN]))
+        assert (issuer.may_hear_of(DOMAIN, "forged"), issuer.may_hear_of("bank.example", "another")) == (False, False)
 
 
 async def test_a_restart_needs_neither_token_nor_ca(box: Path, authority: CertificateAuthority, issuing: Make) -> None:

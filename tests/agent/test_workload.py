@@ -295,6 +295,19 @@ def test_tokens_that_are_not_good_are_invalid(agent: Node, stub: Any) -> None:
     assert [code_of(lambda svid=svid: asked(svid)) for svid in bad] == [grpc.StatusCode.INVALID_ARGUMENT] * len(bad)
 
 
+def test_token_by_a_key_that_is_being_asked_for_is_not_called_bad(agent: Node, stub: Any) -> None:
+    """The client may ask again, which it never does after InvalidArgument; then the token is good."""
+    new = TokenKey.make()
+    token = new.issue(id_of("web"), ["here"])
+    asked = lambda svid: stub.ValidateJWTSVID(pb.ValidateJWTSVIDRequest(audience="here", svid=svid), metadata=HEADER)
+    agent.issuer.coming.add(new.kid)
+    assert code_of(lambda: asked(token)) is grpc.StatusCode.UNAVAILABLE
+    agent.issuer.keys.append(new)
+    agent.issuer.coming.clear()
+    assert asked(token).claims["sub"] == id_of("web")
+    assert code_of(lambda: asked(token[:-3])) is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_method_that_is_not_there_is_unimplemented(agent: Node) -> None:
     """To the letter, and never made to fit."""
     with grpc.insecure_channel(agent.address) as channel:

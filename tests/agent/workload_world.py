@@ -42,6 +42,7 @@ class Issuer:
         self.partners: dict[str, bytes] = {}
         self.revoked: dict[str, bytes] = {}
         self.keys = [TokenKey.make()]
+        self.coming: set[str] = set()
         self.callbacks: list[Callable[[], None]] = []
 
     def issue(self, service: str, ttl: float = 3600.0) -> Identity:
@@ -75,6 +76,9 @@ class Issuer:
 
     def jwt_bundles(self) -> Mapping[str, bytes]:
         return {TD: jwks([key.jwk for key in self.keys])}
+
+    def may_hear_of(self, trust_domain: str, kid: str) -> bool:
+        return trust_domain == TD and kid in self.coming
 
     def watch(self, callback: Callable[[], None]) -> Callable[[], None]:
         self.callbacks.append(callback)

@@ -647,6 +647,18 @@ def test_other_trust_domain_can_fetch_the_bundle(server: Server, live: Certifica
     assert bundle.parse_json(fetched, "shop.internal").pem == live.bundle
 
 
+def test_key_of_tokens_is_published_before_the_first_token(server: Server, live: CertificateAuthority) -> None:
+    """Whoever asks for the bundle in time knows the key of every token."""
+
+    def known() -> list[str]:
+        content = bundle.parse_json(Foreign(server, live.bundle).ask("GET", "/v1/bundle")[1], "shop.internal").jwt
+        return [key["kid"] for key in json.loads(content)["keys"]]
+
+    before = known()
+    _, answer, _ = Foreign(server, live.bundle, live.issue("orders")).ask("POST", "/v1/jwt", {"audience": ["web"]})
+    assert [jwt.get_unverified_header(json.loads(answer)["token"])["kid"]] == before == known()
+
+
 def test_service_gets_a_jwt_svid_with_its_certificate(server: Server, live: CertificateAuthority) -> None:
     """For its own ID; the SPIFFE project's client verifies it by the keys in /v1/bundle, and refuses it for others."""
     spiffe = pytest.importorskip("spiffe")
