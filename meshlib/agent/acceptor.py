@@ -5,8 +5,9 @@
     attest     on a thread, of which there are a few: hashing an executable takes its time. The answer is due within seconds
     hand on    to whoever serves it, with the caller; cancelled when the process that connected has ended
 
-Connections are bounded, in all and for each user, and so are the threads that one user can have busy: no user keeps the others out. What
-is refused is counted by its rule, and logged with nothing but that. Who is refused for want of room or time is hung up on without a word,
+Connections are bounded, in all and for each user, and so are the threads that one user can have busy: no user keeps the others out. Who
+fits no entry has far fewer of them, and all such users together a part: the rest is for those who have something to get here. What is
+refused is counted by its rule, and logged with nothing but that. Who is refused for want of room or time is hung up on without a word,
 since that says nothing of who he is.
 
 A connection that was handed on to somebody who keeps it (`detach`) isn't counted here any more, nor ended with its process.
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -37,6 +39,9 @@ OnRefused = Callable[[socket.socket], Awaitable[None]]
 # Connections in all, and of one user; root's own are within the first bound only.
 MOST: Final = 1024
 MOST_OF_ONE: Final = 256
+# Those of strangers, who fit no entry: of one user, and of all of them.
+MOST_OF_STRANGER: Final = 16
+MOST_OF_STRANGERS: Final = 256
 THREADS: Final = 4
 THREADS_OF_ONE: Final = 2
 # Seconds that attestation may take, and that the loop rests when there are no descriptors left.
@@ -56,6 +61,9 @@ class Acceptor:
     `on_caller(connection, caller)` has the connection until it returns, and may keep it for itself by `detach()`; it is cancelled
     when the process that connected ends, or when the acceptor is closed. `on_refused(connection)` answers who can't be attested;
     without it such a connection is closed without a word. The listening socket stays its owner's, who closes it.
+
+    `knows(uid)` says whether a user may fit an entry, and `fits(caller)` whether a process does: else it's a stranger. Of whom
+    `bars(uid)` says so, no connection is taken.
     """
 
     def __init__(
@@ -66,8 +74,13 @@ class Acceptor:
         *,
         on_refused: OnRefused | None = None,
         name: str = "",
+        knows: Callable[[int], bool] = lambda _: True,
+        fits: Callable[[Caller], object] = lambda _: True,
+        bars: Callable[[int], bool] = lambda _: False,
         most: int = MOST,
         most_of_one: int = MOST_OF_ONE,
+        most_of_stranger: int = MOST_OF_STRANGER,
+        most_of_strangers: int = MOST_OF_STRANGERS,
     ) -> None:
         self.refused: Counter[str] = Counter()  # by rule
         self.accepted = 0
@@ -76,8 +89,8 @@ class Acceptor:
         self._on_caller = on_caller
         self._on_refused = on_refused
         self._name = name
-        self._most, self._most_of_one = most, most_of_one
-        self._open: Counter[int] = Counter()  # by user
+        self._knows, self._fits, self._bars = knows, fits, bars
+        self._places = _Places(most, most_of_one, most_of_stranger, most_of_strangers)
         self._turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()  # by user
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: dict[str, float] = {}
@@ -147,33 +160,32 @@ class Acceptor:
 
     def _begin(self, connection: socket.socket) -> None:
         """What doesn't wait: whose is it, and is there room?"""
-        peer: Peer | None = None
-        # Who can't be attested counts as one user.
-        uid = -1
-        try:
-            peer = self._attestor.meet(connection)
-            uid = peer.uid
-        except Denied as error:
-            self._refuse(error.rule)
-        if len(self._tasks) >= self._most or (uid != 0 and self._open[uid] >= self._most_of_one):
-            self._refuse("attest.too_many")
-            if peer is not None:
-                peer.close()
+        # The cheapest question first: who is turned away may come again at once.
+        uid = self._attestor.uid_of(connection)
+        place = None if self._bars(uid) else self._places.take(uid, is_stranger=not self._knows(uid))
+        if place is None:
+            self._refuse("attest.flood" if self._bars(uid) else "attest.too_many")
             connection.close()
             return
-        self._open[uid] += 1
-        task = asyncio.get_running_loop().create_task(self._serve(connection, peer, uid))
+        peer: Peer | None = None
+        try:
+            peer = self._attestor.meet(connection)
+        except Denied as error:
+            self._refuse(error.rule)
+        task = asyncio.get_running_loop().create_task(self._serve(connection, peer, place))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, connection: socket.socket, peer: Peer | None, uid: int) -> None:
+    async def _serve(self, connection: socket.socket, peer: Peer | None, place: _Place) -> None:
         try:
             try:
                 caller = await self._attested(peer) if peer is not None else None
             except TimeoutError:
                 self._refuse("attest.too_slow")
                 return
-            if caller is not None and peer is not None:
+            if (caller is None or not self._fits(caller)) and not self._places.become_stranger(place):
+                self._refuse("attest.too_many")
+            elif caller is not None and peer is not None:
                 await self._while_it_lives(peer, connection, caller)
             elif self._on_refused is not None:
                 await self._on_refused(connection)
@@ -182,9 +194,7 @@ class Acceptor:
             log.error("a connection to the %s socket failed unexpectedly", self._name or "agent's")
             log.debug("so it failed", exc_info=True)
         finally:
-            self._open[uid] -= 1
-            if not self._open[uid]:
-                del self._open[uid]
+            self._places.leave(place)
             connection.close()
             if peer is not None:
                 peer.close()
@@ -249,6 +259,63 @@ class Acceptor:
             log.warning(
                 "a caller of the %s socket was refused (%s, %d so far)", self._name or "agent's", rule, self.refused[rule]
             )
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """One of the connections that there may be."""
+
+    uid: int
+    is_stranger: bool
+
+
+class _Places:
+    """How many there are, and of whom. Root is bounded by the bound for all only."""
+
+    def __init__(self, most: int, most_of_one: int, most_of_stranger: int, most_of_strangers: int) -> None:
+        self._most, self._most_of_one = most, most_of_one
+        self._most_of_stranger, self._most_of_strangers = most_of_stranger, most_of_strangers
+        self._taken: Counter[tuple[int, bool]] = Counter()  # by user, and whether they are strangers
+        self._all, self._strangers = 0, 0
+
+    def take(self, uid: int, *, is_stranger: bool) -> _Place | None:
+        place = _Place(uid, is_stranger and uid != 0)
+        if self._all >= self._most or not self._has_room(place):
+            return None
+        self._count(place, 1)
+        return place
+
+    def become_stranger(self, place: _Place) -> bool:
+        """It turns out that it fits no entry; False if there is no room for that."""
+        if place.is_stranger or place.uid == 0:
+            return True
+        other = _Place(place.uid, is_stranger=True)
+        if not self._has_room(other):
+            return False
+        self._count(place, -1)
+        place.is_stranger = True
+        self._count(place, 1)
+        return True
+
+    def leave(self, place: _Place) -> None:
+        self._count(place, -1)
+
+    def __len__(self) -> int:
+        return self._all
+
+    def _has_room(self, place: _Place) -> bool:
+        of_one = self._taken[place.uid, place.is_stranger]
+        if place.is_stranger:
+            return self._strangers < self._most_of_strangers and of_one < self._most_of_stranger
+        return place.uid == 0 or of_one < self._most_of_one
+
+    def _count(self, place: _Place, by: int) -> None:
+        key = (place.uid, place.is_stranger)
+        self._all += by
+        self._strangers += by * place.is_stranger
+        self._taken[key] += by
+        if not self._taken[key]:
+            del self._taken[key]
 
 
 async def _awaited(work: Awaitable[None]) -> None:

@@ -104,6 +104,14 @@ class Kernel:
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def uid_of(sock: socket.socket, kernel: Kernel | None = None) -> int:
+    """The user who connected, quickly: enough to turn them away, and no proof of anything; -1 if nobody can say."""
+    try:
+        return (kernel or Kernel()).credentials(sock)[1]
+    except (OSError, struct.error):
+        return -1
+
+
 class Peer:
     """The process at the other end of one connection, held by handle and not by number. To be closed."""
 
@@ -163,6 +171,9 @@ class Attestor:
         self._wants_digest = wants_digest
         self._kernel = kernel or Kernel()
         self._digests = Digests()
+
+    def uid_of(self, sock: socket.socket) -> int:
+        return uid_of(sock, self._kernel)
 
     def meet(self, sock: socket.socket) -> Peer:
         """Get hold of the process, quickly. Raises Denied."""

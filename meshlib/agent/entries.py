@@ -47,6 +47,10 @@ class Entries:
         """The entries whose selectors all hold, in their order; () means that the caller gets nothing."""
         return tuple(entry for entry in self._entries if _holds(entry, caller))
 
+    def knows(self, uid: int) -> bool:
+        """Whether there is an entry of this user at all, whatever else it asks for."""
+        return any(entry.uid == uid for entry in self._entries)
+
     def wants_digest(self, uid: int) -> bool:
         """Whether an entry of this user asks for the hash of the executable."""
         return any(entry.uid == uid and entry.sha256 for entry in self._entries)

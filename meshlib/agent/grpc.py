@@ -9,6 +9,10 @@ somebody else has accepted. Whoever is at the other end is on this machine, and 
     who doesn't say       within 10 s that it is HTTP/2, or the rest of a request, is not waited for
     who says too much     headers, messages, streams, resets, frames: the call is refused, or the connection is ended (GOAWAY)
 
+Frames are counted for all connections of one user together (`Tally`), since a connection that was ended is opened anew; a call that is
+answered, and every message of an answer, gives some of them back, so that who only has much to ask is never taken for a flood. Bytes are
+read in small pieces, between which it is the others' turn.
+
 A method is an asynchronous generator: request in, messages out, one of them where the call is unary. It ends otherwise by raising
 `Ended` with a status. What nobody expected becomes Unknown, and says nothing.
 
@@ -24,6 +28,7 @@ import logging
 import socket
 import struct
 import termios
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -81,7 +86,7 @@ class Limits:
     # Without a call.
     idle: float = 300.0
     longest_timeout: float = 3600.0
-    # Within `window`: streams that were reset, ours and theirs, and frames of any kind.
+    # Within `window`: streams that were reset, ours and theirs; and, over all connections of a user, frames that led to no answer.
     resets: int = 100
     frames: int = 20_000
     window: float = 30.0
@@ -114,6 +119,67 @@ class _Over(Exception):  # the connection ends now
     pass
 
 
+class Tally:
+    """What one user has sent within a window, over all of their connections: frames, less those that led to an answer."""
+
+    __slots__ = ("_clock", "_count", "_is_over", "_until", "_window")
+
+    def __init__(self, window: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._window = window
+        self._clock = clock
+        self._until = clock() + window
+        self._count = 0
+        self._is_over = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Its window is over, and so nothing of it counts any more."""
+        return self._clock() >= self._until
+
+    @property
+    def is_over(self) -> bool:
+        """It was too much, and the window isn't over."""
+        return self._is_over and not self.has_ended
+
+    def add(self, frames: int, most: int) -> bool:
+        """Count them; False if it is too much, as it stays until the window ends."""
+        if self.has_ended:
+            self._until, self._count, self._is_over = self._clock() + self._window, 0, False
+        self._count += frames
+        self._is_over = self._is_over or self._count > most
+        return not self._is_over
+
+    def give_back(self, frames: int) -> None:
+        """What was sent has led to something. There is never more to give back than was sent."""
+        self._count = max(0, self._count - frames)
+
+
+class _Frames:
+    """How many frames begin in what is read? The library doesn't tell of all of them: not of those on streams that are closed, say."""
+
+    __slots__ = ("_rest", "_skip")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._skip = len(_PREFACE)
+
+    def of(self, data: bytes) -> int:
+        data, at, count = self._rest + data, self._skip, 0
+        while at + _FRAME_HEAD <= len(data):
+            count += 1
+            at += _FRAME_HEAD + int.from_bytes(data[at : at + 3])
+        self._rest, self._skip = data[at:], max(0, at - len(data))
+        return count
+
+
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_FRAME_HEAD: Final = 9
+# Frames that an answered call, and each message, gives back: those of the call, and what clients say meanwhile of windows and pings. It
+# costs us more than they do. A stream that was reset counts as so many.
+_ANSWERED: Final = 8
+_RESET: Final = 8
+# Of what is read: empty frames have 9 bytes, so that a piece holds some hundreds of them. And of what is written.
+_READ: Final = 4 * 1024
 _PIECE: Final = 64 * 1024
 _PREFIX: Final = struct.Struct(">BI")
 _UNITS: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
@@ -122,7 +188,10 @@ _PARTING: Final = 1.0
 
 
 class Connection:
-    """One connection, from its preface to its end. `check(metadata)` raises Ended for calls that no method shall see."""
+    """One connection, from its preface to its end. `check(metadata)` raises Ended for calls that no method shall see.
+
+    `tally` is that of the user at the other end.
+    """
 
     def __init__(
         self,
@@ -131,6 +200,7 @@ class Connection:
         *,
         check: Callable[[Metadata], None] = lambda _: None,
         limits: Limits = Limits(),
+        tally: Tally | None = None,
     ) -> None:
         self._sock = sock
         self._methods = methods
@@ -157,7 +227,8 @@ class Connection:
         self._is_draining = False
         self._begun = 0
         self._resets: deque[float] = deque()
-        self._frames, self._frames_since = 0, 0.0
+        self._tally = tally or Tally(limits.window)
+        self._frames = _Frames()
         self._unread_since: float | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
@@ -272,13 +343,12 @@ class Connection:
         while not self._ending:
             while len(self._out) > _PIECE and not self._ending:
                 await self._moved.wait()
-            data = await self._loop.sock_recv(self._sock, _PIECE)
+            data = await self._loop.sock_recv(self._sock, _READ)
             if not data or self._ending:
                 return
             try:
-                events = self._h2.receive_data(data)
-                self._count_frames(len(events))
-                for event in events:
+                self._count_frames(self._frames.of(data))  # before they cost anything
+                for event in self._h2.receive_data(data):
                     if is_first and isinstance(event, h2.events.RemoteSettingsChanged):
                         is_first = False
                         self._never("preface")
@@ -336,11 +406,7 @@ class Connection:
     # ------------------------------------------------------------------------------------------------ frames
 
     def _count_frames(self, count: int) -> None:
-        now = self._loop.time()
-        if now - self._frames_since > self._limits.window:
-            self._frames, self._frames_since = 0, now
-        self._frames += count
-        if self._frames > self._limits.frames:
+        if not self._tally.add(count, self._limits.frames):
             raise _Over
 
     def _count_reset(self) -> None:
@@ -348,7 +414,7 @@ class Connection:
         self._resets.append(now)
         while now - self._resets[0] > self._limits.window:
             self._resets.popleft()
-        if len(self._resets) > self._limits.resets:
+        if len(self._resets) > self._limits.resets or not self._tally.add(_RESET, self._limits.frames):
             raise _Over
 
     def _meet(self, event: h2.events.Event) -> None:
@@ -440,6 +506,8 @@ class Connection:
             log.exception("a call of the agent's gRPC server failed")
             ended = (Code.UNKNOWN, "the agent has failed; its log says why")
         call.task = None
+        if ended[0] is not Code.PERMISSION_DENIED:
+            self._tally.give_back(_ANSWERED)
         self._finish(call, *ended)
 
     async def _request(self, call: _Call) -> bytes:
@@ -484,6 +552,7 @@ class Connection:
             self._h2.send_data(call.stream, rest[:size].tobytes())
             rest = rest[size:]
             self._flush()
+        self._tally.give_back(_ANSWERED)
 
     def _finish(self, call: _Call, code: Code, text: str) -> None:
         if call.stream not in self._calls:

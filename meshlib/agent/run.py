@@ -179,9 +179,16 @@ class Agent:
         api = WorkloadApi(self.entries, self.issuer)
         attestor = attest.Attestor(self.entries.wants_digest)
         workload = Acceptor(
-            self._listening["workload"].sock, attestor, api.serve, on_refused=lambda plug: api.serve(plug, None), name="workload"
+            self._listening["workload"].sock,
+            attestor,
+            api.serve,
+            on_refused=lambda plug: api.serve(plug, None),
+            knows=self.entries.knows,
+            fits=self.entries.of,
+            bars=api.bars,
+            name="workload",
         )
-        data = Acceptor(self._listening["data"].sock, attestor, self.data.on_caller, name="data")
+        data = Acceptor(self._listening["data"].sock, attestor, self.data.on_caller, knows=self.entries.knows, name="data")
         self.acceptors = {"workload": workload, "data": data}
         assert self.config.agent is not None
         self.admin = Admin(self._listening["admin"].sock, report.view_of(self), self.config.agent.admins)

@@ -33,14 +33,19 @@ from .._native import core
 from ..errors import IdentityError, MeshError
 from ..secure import Identity, certificates, jwt_svid
 from . import messages
-from .attest import Caller
+from .attest import Caller, uid_of
 from .entries import Entries, Entry
-from .grpc import Code, Connection, Ended, Limits, Metadata, Method
+from .grpc import Code, Connection, Ended, Limits, Metadata, Method, Tally
 
 log = logging.getLogger("meshlib.agent")
 
 HEADER: Final = b"workload.spiffe.io"
 SERVICE: Final = b"/SpiffeWorkloadAPI/"
+# Who has no entry is told so, and needs no more for that than this part of the frames, and seconds without a call.
+STRANGERS_SHARE: Final = 10
+STRANGERS_IDLE: Final = 30.0
+# Users whose frames are remembered before those are forgotten who have sent none for a while.
+TALLIES: Final = 256
 
 
 class Identities(Protocol):
@@ -89,6 +94,7 @@ class WorkloadApi:
         self._identities = identities
         self._limits = limits or Limits()
         self._connections: dict[Connection, Caller | None] = {}
+        self._tallies: dict[int, Tally] = {}  # by user
         self._draining: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()  # replaced with every change
@@ -106,13 +112,28 @@ class WorkloadApi:
         So whoever couldn't be attested for a moment is attested anew when they ask again, which gRPC does on the same connection.
         """
         self._loop = asyncio.get_running_loop()
-        limits = self._limits if caller is not None else replace(self._limits, calls=1)
-        made = Connection(connection, _Session(self, caller).methods, check=_check, limits=limits)
+        limits = self._limits
+        if caller is None or not self._entries.of(caller):
+            limits = replace(limits, frames=limits.frames // STRANGERS_SHARE, idle=min(limits.idle, STRANGERS_IDLE))
+        if caller is None:
+            limits = replace(limits, calls=1)
+        tally = self._tally_of(uid_of(connection) if caller is None else caller.uid)
+        made = Connection(connection, _Session(self, caller).methods, check=_check, limits=limits, tally=tally)
         self._connections[made] = caller
         try:
             await made.serve()
         finally:
             del self._connections[made]
+
+    def bars(self, uid: int) -> bool:
+        """Whether a user has sent so many frames that none of theirs is taken until the window is over."""
+        tally = self._tallies.get(uid)
+        return tally is not None and tally.is_over
+
+    def _tally_of(self, uid: int) -> Tally:
+        for name in [name for name, tally in self._tallies.items() if tally.has_ended] if len(self._tallies) > TALLIES else ():
+            del self._tallies[name]
+        return self._tallies.setdefault(uid, Tally(self._limits.window))
 
     async def drain(self) -> None:
         """GOAWAY for all connections: streams end with Unavailable, so that their clients come again to whoever listens then."""

@@ -178,6 +178,67 @@ async def test_one_user_cannot_take_all_places(tmp_path: Path) -> None:
             await until(lambda: len(served.callers), 7)
 
 
+class Users(Kernel):
+    """Everybody who connects is the user that a test says."""
+
+    uid = 1001
+
+    def credentials(self, sock: socket.socket) -> tuple[int, int, int]:
+        pid, _, gid = super().credentials(sock)
+        return pid, self.uid, gid
+
+
+class Believing(Attestor):
+    def attest(self, peer: Peer) -> Caller:
+        return Caller(peer.pid, peer.uid, peer.gid)
+
+
+async def test_strangers_leave_most_places_to_those_who_have_entries(tmp_path: Path) -> None:
+    """However many users there are: each has few places, and all of them together a part. Root is none."""
+    kernel, clients = Users(), []
+    named = {"most": 9, "most_of_one": 5, "most_of_stranger": 2, "most_of_strangers": 3}
+    async with accepting(tmp_path, Believing(kernel=kernel), knows=lambda uid: uid == 1001, **named) as (made, served, path):
+        for uid, expected in ((2001, 2), (2002, 3), (2003, 3), (1001, 8), (0, 9)):
+            kernel.uid = uid
+            clients += [connected(path) for _ in range(6)]
+            await until(lambda: made.accepted, len(clients))
+            await until(lambda expected=expected: len(served.callers), expected)
+        assert made.refused["attest.too_many"] == len(clients) - 9
+        for client in clients:
+            client.close()
+        await until(lambda: (made.connections, len(made._places)), (0, 0))
+        kernel.uid = 2003
+        with connected(path):
+            await until(lambda: len(served.callers), 10)
+
+
+async def test_process_that_fits_no_entry_of_its_user_is_a_stranger(tmp_path: Path) -> None:
+    """Whoever of that user does fit one finds room all the same."""
+    fits = [False]
+    named = {"most_of_one": 4, "most_of_stranger": 2, "most_of_strangers": 3, "fits": lambda _: fits[0]}
+    async with accepting(tmp_path, Believing(kernel=Users()), **named) as (made, served, path):
+        clients = [connected(path) for _ in range(4)]
+        await until(lambda: (len(served.callers), made.refused["attest.too_many"]), (2, 2))
+        fits[0] = True
+        clients += [connected(path) for _ in range(5)]
+        await until(lambda: (len(served.callers), made.refused["attest.too_many"]), (6, 3))
+        for client in clients:
+            client.close()
+        await until(lambda: len(made._places), 0)
+
+
+async def test_user_who_is_barred_is_hung_up_on(tmp_path: Path) -> None:
+    """Before anything is found out about them; and taken again when that is over."""
+    kernel, barred = Users(), {1001}
+    async with accepting(tmp_path, Believing(kernel=kernel), bars=barred.__contains__) as (made, served, path):
+        with connected(path) as client:
+            assert await told(client) == b""
+        assert (made.refused, len(made._places)) == ({"attest.flood": 1}, 0)
+        barred.clear()
+        with connected(path):
+            await until(lambda: len(served.callers), 1)
+
+
 async def test_slow_attestation_holds_nobody_up_but_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is on a thread, and not waited for for ever."""
     go = threading.Event()
@@ -355,4 +416,4 @@ async def test_nothing_stays_open(tmp_path: Path) -> None:
             await until(lambda count=count: made.accepted, 4 + count)
         await until(lambda: made.connections, 0)
         await until(lambda: len(os.listdir("/proc/self/fd")), before)
-        assert made._open == {}
+        assert len(made._places) == 0

@@ -26,7 +26,7 @@ from spiffe._proto import workload_pb2 as pb
 from spiffe._proto import workload_pb2_grpc as pg
 
 from meshlib.agent.attest import Attestor, Caller, Peer
-from meshlib.agent.grpc import Connection, Limits, Method
+from meshlib.agent.grpc import Connection, Limits, Method, _Frames
 from meshlib.config.agent_policy import EntryPolicy
 from meshlib.errors import Denied
 from meshlib.secure import CertificateAuthority, certificates
@@ -534,13 +534,83 @@ def test_flood_of_pings_ends_the_connection(tmp_path: Path) -> None:
     """Each asks for an answer, and costs nothing."""
     with node(tmp_path, limits=Limits(frames=500)) as agent:
         raw = Raw(agent.path)
-        ping = struct.pack(">I", 8)[1:] + b"\x06\x00" + struct.pack(">I", 0) + b"12345678"
         try:
             for _ in range(200):
-                raw.sock.sendall(ping * 100)
+                raw.sock.sendall(PING * 100)
         except (BrokenPipeError, ConnectionResetError):
             pass
         assert raw.goaway() == 11
+
+
+PING = struct.pack(">I", 8)[1:] + b"\x06\x00" + struct.pack(">I", 0) + b"12345678"
+
+
+def test_flood_over_many_connections_ends_all_of_them(tmp_path: Path) -> None:
+    """Each stays within what one may send. Until the time is over their user gets no other; nobody else is kept out."""
+    with node(tmp_path, limits=Limits(frames=500, window=2.0)) as agent:
+        raws = [Raw(agent.path) for _ in range(6)]
+        for raw in raws:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                raw.sock.sendall(PING * 150)
+        until(lambda: agent.api.bars(ME))
+        assert Raw(agent.path).read_all() == []
+        for raw in raws:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                raw.sock.sendall(PING)
+            assert raw.goaway() in {11, None}  # None: it had sent more when it was closed
+        assert (agent.api.connections, agent.api.bars(1001)) == (0, False)
+        until(lambda: agent.api.bars(ME), False)
+        with WorkloadApiClient(agent.address) as client:
+            assert str(client.fetch_x509_svid().spiffe_id) == id_of("orders")
+
+
+def test_frames_of_nothing_are_counted_however_they_come(tmp_path: Path) -> None:
+    """Those on a stream that is closed, of which the library tells nothing, too."""
+    with node(tmp_path, limits=Limits(frames=300)) as agent:
+        raw = Raw(agent.path)
+        stream = raw.call()
+        raw.h2.reset_stream(stream, 8)
+        raw.flush()
+        empty = b"\0\0\0\0\0" + struct.pack(">I", stream)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(10):
+                raw.sock.sendall(empty * 100)
+        until(lambda: agent.api.bars(ME))
+
+
+def test_client_who_only_has_much_to_ask_is_no_flood(tmp_path: Path) -> None:
+    """Neither with good tokens nor with bad ones, which others have sent them; and no call is lost."""
+    with node(tmp_path, limits=Limits(frames=150)) as agent, grpc.insecure_channel(agent.address) as channel:
+        stub = pg.SpiffeWorkloadAPIStub(channel)
+        good = agent.issuer.keys[0].issue(id_of("web"), ["here"])
+        asked = lambda svid: stub.ValidateJWTSVID(pb.ValidateJWTSVIDRequest(audience="here", svid=svid), metadata=HEADER)
+        for _ in range(200):
+            assert asked(good).claims["sub"] == id_of("web")
+            assert code_of(lambda: asked("bad")) is grpc.StatusCode.INVALID_ARGUMENT
+        assert agent.api.connections == 1
+
+
+def test_stranger_who_asks_and_asks_is_a_flood(tmp_path: Path) -> None:
+    """It is always told the same, and that costs as much as an answer."""
+    with node(tmp_path, [EntryPolicy("orders", uid=1001)], limits=Limits(frames=1000)) as agent:
+        raw = Raw(agent.path)
+        with contextlib.suppress(Exception):
+            for _ in range(100):
+                raw.call()
+                raw.read()
+        until(lambda: agent.api.bars(ME))
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6), st.lists(st.integers(0, 300), max_size=8))
+def test_frames_are_counted_by_their_heads_wherever_they_are_cut(bodies: list[bytes], cuts: list[int]) -> None:
+    """One for each head that is whole."""
+    sent = PREFACE[:24] + b"".join(struct.pack(">I", len(body))[1:] + bytes(6) + body for body in bodies)
+    frames, at = _Frames(), 0
+    counted = 0
+    for cut in [*sorted(cuts), len(sent)]:
+        counted += frames.of(sent[at:cut])
+        at = max(at, min(cut, len(sent)))
+    assert counted == len(bodies)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,15 @@ class Node:
             await self.api.serve(connection, None)
 
         self.acceptor = Acceptor(
-            self.listening.sock, self.attestor, self.api.serve, on_refused=refused, name="workload", **self.bounds
+            self.listening.sock,
+            self.attestor,
+            self.api.serve,
+            on_refused=refused,
+            knows=self.entries.knows,
+            fits=self.entries.of,
+            bars=self.api.bars,
+            name="workload",
+            **self.bounds,
         )
         await self.acceptor.start()
 
