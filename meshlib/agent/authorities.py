@@ -79,6 +79,10 @@ class Authority(Protocol):
 
     def source_of(self, service: str, spiffe_id: str, token: Path | None) -> IdentitySource: ...
 
+    def hand(self, source: IdentitySource, token: Path | None) -> None:
+        """Another token, or none any more, for one of its sources."""
+        ...
+
     def look(self, own: Identity | None) -> None:
         """Whatever is due that belongs to no single identity. `own`: one that may be shown to the CA."""
         ...
@@ -162,6 +166,9 @@ class Embedded:
 
     def source_of(self, service: str, spiffe_id: str, token: Path | None) -> IdentitySource:
         return EmbeddedSource(self, service, spiffe_id)
+
+    def hand(self, source: IdentitySource, token: Path | None) -> None:
+        """Who may sign needs none."""
 
     def look(self, own: Identity | None) -> None:
         self.known()
@@ -374,6 +381,10 @@ class Enrolled:
     def source_of(self, service: str, spiffe_id: str, token: Path | None) -> IdentitySource:
         state = self._writable(service)
         return EnrolledSource(self._url, state, service, self.trust_domain, spiffe_id, token=token, wall_clock=self._wall_clock)
+
+    def hand(self, source: IdentitySource, token: Path | None) -> None:
+        if isinstance(source, EnrolledSource):
+            source.token = token
 
     def look(self, own: Identity | None) -> None:
         """Ask for the keys of tokens, where that is due."""

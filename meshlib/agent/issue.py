@@ -27,7 +27,7 @@ from ..errors import IdentityError, MeshError
 from ..keeper import Keeper, shared
 from ..secure.ca import RENEWED_LIFE
 from ..secure.federation import Federation
-from ..secure.identity import Identity, IdentityStore
+from ..secure.identity import Identity, IdentitySource, IdentityStore
 from ..secure.jwt_svid import Handed
 from ..secure.trust import Relations
 from .authorities import NO_KEYS, Authority, Embedded, Enrolled
@@ -52,12 +52,17 @@ MOST_SOUGHT: Final = 256
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """One identity, by its SPIFFE ID. `told`: the generation that who watches has heard of."""
+    """One identity, by its SPIFFE ID. `told`: the generation that who watches has heard of.
+
+    `successor` takes its place, under the name of another service, as soon as it has an identity.
+    """
 
     service: str
     spiffe_id: str
+    source: IdentitySource
     store: IdentityStore
     token: Any = None
+    successor: _Held | None = None
     asking: asyncio.Task[None] | None = None
     told: Identity | None = None
     # What was in force for all when it was looked at last.
@@ -87,7 +92,11 @@ class Issuer:
         self._wall_clock = wall_clock
         self._keeper = keeper or shared()
         self._authority = _authority_of(config, life, wall_clock)
-        self._federation: Federation | None = None
+        # There also without a partner: the first one changes nothing about identities but what goes with them.
+        self._federation = Federation(
+            Relations.of(config), self._keeper, own=lambda: {self._authority.trust_domain: self._own_roots()}
+        )
+        self._has_partners = False
         self._held: dict[str, _Held] = {}
         self._by_service: dict[str, str] = {}
         self._tokens: OrderedDict[tuple[str, tuple[str, ...]], _Token] = OrderedDict()
@@ -107,37 +116,58 @@ class Issuer:
         self._authority.check()
 
     def follow(self, config: Config) -> None:
-        """Take over the entries and federation of a configuration; who vouches stays the same. Raises before anything has changed."""
+        """Take over the entries and federation of a configuration; who vouches stays the same. Raises before anything has changed.
+
+        What the configuration still names stays in force, whatever else about it is new: a token is for the next enrolment, and under
+        another service's name an ID is replaced when it can be.
+        """
         assert config.agent is not None
-        wanted: dict[str, tuple[str, Any]] = {}
+        wanted: dict[str, tuple[tuple[str, ...], Any]] = {}
         by_service: dict[str, str] = {}
         for entry in config.agent.entries:
             spiffe_id = config.services[entry.service].identity
             by_service[entry.service] = spiffe_id
-            _, token = wanted.get(spiffe_id, ("", None))
-            wanted[spiffe_id] = (entry.service, token or entry.token)
-        federation = self._federation_of(config)
+            services, token = wanted.get(spiffe_id, ((), None))
+            wanted[spiffe_id] = ((*services, entry.service), token or entry.token)
+        relations = Relations.of(config)
+        made = {
+            spiffe_id: self._made(services[0], spiffe_id, token)
+            for spiffe_id, (services, token) in wanted.items()
+            if not any(each.service in services for each in _chain(self._held.get(spiffe_id)))
+        }
+        self._federation.follow(relations)
+        self._has_partners = bool(relations.federation)
+        if self._looking is not None:
+            self._federate()
         held: dict[str, _Held] = {}
-        for spiffe_id, (service, token) in wanted.items():
+        for spiffe_id, (services, token) in wanted.items():
             old = self._held.get(spiffe_id)
-            if old is not None and (old.service, old.token) == (service, token) and old.store.federation is federation:
+            new = made.get(spiffe_id) or next(each for each in _chain(old) if each.service in services)
+            if new.token != token:
+                new.token = token
+                self._authority.hand(new.source, token)
+                new.store.wake()
+            if old is None or old is new or self._current(old) is None:
+                held[spiffe_id] = new
+            else:
                 held[spiffe_id] = old
-                continue
-            source = self._authority.source_of(service, spiffe_id, token)
-            store = IdentityStore(source, mode="enforce", federation=federation, wall_clock=self._wall_clock)
-            held[spiffe_id] = _Held(service, spiffe_id, store, token)
-        for spiffe_id, old in self._held.items():
-            if held.get(spiffe_id) is not old:
-                old.store.close()
+            held[spiffe_id].successor = None if held[spiffe_id] is new else new
+        kept = {id(each) for first in held.values() for each in _chain(first)}
+        for each in self._all():
+            if id(each) not in kept:
+                each.store.close()
         self._held, self._by_service = held, by_service
         for key in [key for key in self._tokens if key[0] not in held]:
             del self._tokens[key]
 
+    def _made(self, service: str, spiffe_id: str, token: Any) -> _Held:
+        source = self._authority.source_of(service, spiffe_id, token)
+        store = IdentityStore(source, mode="enforce", federation=self._federation, wall_clock=self._wall_clock)
+        return _Held(service, spiffe_id, source, store, token)
+
     async def start(self, patience: float, progress: Callable[[int, int], None] | None = None) -> None:
         """Ask for every identity once, for so many seconds at most, and go on asking when they are due."""
-        if self._federation is not None:
-            self._federation.jobs()
-            self._keeper.start()
+        self._federate()
         self.look()
         end = asyncio.get_running_loop().time() + patience
         while left := [held.asking for held in self._held.values() if held.asking is not None]:
@@ -155,9 +185,8 @@ class Issuer:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
-        if self._federation is not None:
-            self._federation.cancel()
-        for held in self._held.values():
+        self._federation.cancel()
+        for held in self._all():
             held.store.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._authority.close()
@@ -165,9 +194,9 @@ class Issuer:
     def look(self) -> None:
         """Ask whoever is due, and wait for nobody."""
         loop = asyncio.get_running_loop()
-        federated = None if self._federation is None else self._federation.bundles
-        seen = (self._authority.version, federated)
-        for held in self._held.values():
+        self._exchange()
+        seen = (self._authority.version, self._federation.bundles)
+        for held in self._all():
             if held.asking is not None:
                 continue
             is_changed = not held.seen or any(one is not other for one, other in zip(seen, held.seen, strict=True))
@@ -221,7 +250,7 @@ class Issuer:
 
     def bundles(self) -> Mapping[str, bytes]:
         own = self._own()
-        found = {} if self._federation is None else dict(self._federation.bundles)
+        found = dict(self._federation.bundles)
         roots = own.bundles.get(self._authority.trust_domain, b"") if own is not None else self._authority.bundle
         return {**found, self._authority.trust_domain: roots} if roots else found
 
@@ -231,11 +260,10 @@ class Issuer:
 
     def jwt_bundles(self) -> Mapping[str, bytes]:
         found = {self._authority.trust_domain: self._authority.token_keys or NO_KEYS}
-        if self._federation is not None:
-            for name in self._federation.bundles:
-                known = self._federation.bundle_of(name)
-                if known is not None:
-                    found[name] = known.jwt
+        for name in self._federation.bundles:
+            known = self._federation.bundle_of(name)
+            if known is not None:
+                found[name] = known.jwt
         return found
 
     def may_hear_of(self, trust_domain: str, kid: str) -> bool:
@@ -293,15 +321,14 @@ class Issuer:
     def alarms(self) -> list[tuple[str, str]]:
         """What isn't well: whom it is about ("" for all), and what it is."""
         found = [("", self._authority.trouble)] if self._authority.trouble else []
-        for held in self._held.values():
+        for held in self._all():
             found += [(held.service, alarm.message) for alarm in held.store.alarms if alarm.kind != "federation"]
             error = held.store.last_error
             if error is not None:
                 found.append((held.service, str(error)))
             elif held.store.current is None:
                 found.append((held.service, "there is no identity yet"))
-        if self._federation is not None:
-            found += [("", f"the bundle of {name}: {fault}") for name, fault in self._federation.faults().items()]
+        found += [("", f"the bundle of {name}: {fault}") for name, fault in self._federation.faults().items()]
         return list(dict.fromkeys(found))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -350,20 +377,33 @@ class Issuer:
             except Exception:
                 log.exception("a callback on the change of identities failed")
 
-    def _federation_of(self, config: Config) -> Federation | None:
-        relations = Relations.of(config)
-        if self._federation is not None:
-            self._federation.follow(relations)
-        elif relations.federation:
-            self._federation = Federation(relations, self._keeper, own=lambda: {self._authority.trust_domain: self._own_roots()})
-            if self._looking is not None:
-                self._federation.jobs()
-                self._keeper.start()
-        return self._federation
+    def _all(self) -> list[_Held]:
+        """Those that are in force, and those that are to be."""
+        return [each for held in self._held.values() for each in _chain(held)]
+
+    def _exchange(self) -> None:
+        """Put those into force that have got what they wait for."""
+        for spiffe_id, old in tuple(self._held.items()):
+            new = old.successor
+            if new is not None and self._current(new) is not None:
+                new.told, new.minute = old.told, old.minute
+                self._held[spiffe_id] = new
+                old.store.close()
+
+    def _federate(self) -> None:
+        self._federation.jobs()
+        if self._has_partners:
+            self._keeper.start()
 
     def _own_roots(self) -> bytes:
         own = self._own()
         return self._authority.bundle if own is None else own.bundles.get(self._authority.trust_domain, b"")
+
+
+def _chain(held: _Held | None) -> tuple[_Held, ...]:
+    if held is None:
+        return ()
+    return (held,) if held.successor is None else (held, held.successor)
 
 
 def _authority_of(config: Config, life: float, wall_clock: Callable[[], float]) -> Authority:

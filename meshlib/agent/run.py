@@ -25,6 +25,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -397,7 +398,9 @@ def lost_identities(old: Config, fresh: Config) -> set[str]:
     """The SPIFFE IDs of which an entry is gone or asks for something else: who had them by it may have lost them."""
     assert old.agent is not None
     assert fresh.agent is not None
-    return {old.services[entry.service].identity for entry in old.agent.entries if entry not in fresh.agent.entries}
+    # A token buys an identity, and says nothing of who may have it.
+    kept = [replace(entry, token=None) for entry in fresh.agent.entries]
+    return {old.services[entry.service].identity for entry in old.agent.entries if replace(entry, token=None) not in kept}
 
 
 def refuse_open(file: Path) -> None:

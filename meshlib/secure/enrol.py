@@ -88,7 +88,9 @@ class EnrolledSource:
         self.path = Path(state) / service
         self._kept = Kept(self.path)
         self.failures = 0
-        self._token = None if token is None else Path(token)
+        # Where the token lies, and what counts of it while the CA is asked: another thread may name another place meanwhile.
+        self.token = token
+        self._token: Path | None = None
         self._wall_clock = wall_clock
         self._chance = chance
         self._line = line
@@ -105,6 +107,7 @@ class EnrolledSource:
     def load(self) -> Identity:
         """The identity now; asks the CA where that is due, for a few seconds at most."""
         files.make_private(self.path)
+        self._token = None if self.token is None else Path(self.token)
         now = self._wall_clock()
         self._kept.write_down()
         found, missing = self._present(now)
@@ -131,6 +134,7 @@ class EnrolledSource:
     def enroll(self) -> Identity:
         """Use the token now; raises what goes wrong, whatever there was before."""
         files.make_private(self.path)
+        self._token = None if self.token is None else Path(self.token)
         with self._kept.turn() as is_ours:
             if not is_ours:
                 raise IdentityError(f"another process is enrolling {self.service} in {self.path}.", hint="Try again.")

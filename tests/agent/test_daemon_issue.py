@@ -14,12 +14,13 @@ import pytest
 from cryptography import x509
 
 from meshlib.agent.issue import Issuer
+from meshlib.agent.run import configured, lost_identities
 from meshlib.config import Config
 from meshlib.errors import IdentityError, TrustDomainError
 from meshlib.secure import CertificateAuthority, certificates
 from meshlib.secure.authority import Service
 from meshlib.secure.jwt_svid import TokenKeys, kid_of, kids_of, validated
-from tests.agent.daemon_world import DOMAIN, config_of
+from tests.agent.daemon_world import DOMAIN, config_of, mesh_file
 from tests.secure.ca_world import events, serving, token_of, url_of
 
 
@@ -306,6 +307,54 @@ async def test_bundles_of_partners_stand_beside_our_own(tmp_path: Path, authorit
     assert json.loads(issuer.jwt_bundles()["bank.example"]) == {"keys": []}
 
 
+async def test_the_first_partner_takes_no_identity_away(tmp_path: Path, authority: Any, issuing: Make) -> None:
+    """Its bundle joins the identities that are in force: none is issued anew, and none is missing for a moment."""
+    partner = CertificateAuthority.create(tmp_path / "partner-ca", "bank.example")
+    (tmp_path / "bank.pem").write_bytes(partner.bundle)
+    config = config_of(tmp_path)
+    issuer = await issuing(config)
+    entry = entry_of(config)
+    serial = issuer.identity_of(entry).serial
+    issuer.follow(config_of(tmp_path, more=", federation: {bank.example: {file: bank.pem}}"))
+    assert issuer.identity_of(entry).serial == serial
+    await until(lambda: "bank.example" in issuer.identity_of(entry).bundles)
+    assert issuer.identity_of(entry).serial == serial
+    issuer.follow(config)
+    await until(lambda: "bank.example" not in issuer.identity_of(entry).bundles)
+    assert issuer.identity_of(entry).serial == serial
+    assert events(authority).count("issue") == 1
+
+
+def shared(folder: Path, *services: str) -> Config:
+    """A configuration with entries for services of one SPIFFE ID."""
+    entries = ", ".join(f"{{service: {service}, uid: 0}}" for service in services)
+    file = mesh_file(folder, entries=f"[{entries}]")
+    text = file.read_text().replace("orders: {", "orders: {identity: ID, ").replace("stock: {", "stock: {identity: ID, ")
+    file.write_text(text.replace("ID", f"spiffe://{DOMAIN}/both"))
+    return configured(file)
+
+
+async def test_an_identity_under_another_service_is_exchanged_when_that_has_one(
+    tmp_path: Path, authority: Any, issuing: Make
+) -> None:
+    """Until then the one that was in force stays so, whatever keeps the other one."""
+    before, after = shared(tmp_path, "orders"), shared(tmp_path, "stock")
+    issuer = await issuing(before)
+    serial = issuer.identity_of(entry_of(before)).serial
+    (tmp_path / "ca").rename(tmp_path / "away")
+    issuer.follow(after)
+    await asyncio.sleep(1.5)
+    assert issuer.identity_of(entry_of(after)).serial == serial
+    assert "stock" in {about for about, _ in issuer.alarms}
+    (tmp_path / "away").rename(tmp_path / "ca")
+    await until(lambda: issuer.identity_of(entry_of(after)).serial != serial)
+    assert [row["service"] for row in issuer.rows()] == ["stock"]
+    serial = issuer.identity_of(entry_of(after)).serial
+    issuer.follow(shared(tmp_path, "orders", "stock"))
+    await asyncio.sleep(1.0)
+    assert issuer.identity_of(entry_of(after)).serial == serial
+
+
 async def test_what_is_told_of_identities_holds_no_key(tmp_path: Path, authority: Any, issuing: Make) -> None:
     """Nor does what the issuer shows of itself in a log."""
     config = config_of(tmp_path)
@@ -381,6 +430,30 @@ async def test_a_restart_needs_neither_token_nor_ca(box: Path, authority: Certif
     issuer = await issuing(config)
     assert issuer.identity_of(entry_of(config)).serial == serial
     await until(lambda: any("can't be reached" in message for _, message in issuer.alarms))
+
+
+async def test_a_token_that_is_used_up_is_taken_out_of_the_configuration(
+    box: Path, authority: CertificateAuthority, issuing: Make
+) -> None:
+    """Which costs nobody an identity, nor a connection; one that is named later is used."""
+    put_token(box, authority)
+    with serving(Service(authority)) as server:
+        url = f'enrol: "{url_of(server)}"'
+        config = config_of(box, url, ENTRY)
+        issuer = await issuing(config)
+        entry = entry_of(config)
+        held, serial = list(issuer._held.values()), issuer.identity_of(entry).serial
+        fresh = config_of(box, url, "[{service: orders, uid: 0}]")
+        issuer.follow(fresh)
+        assert issuer.identity_of(entry).serial == serial
+        assert lost_identities(config, fresh) == set()
+        put_token(box, authority)
+        (box / "orders.token").rename(box / "another.token")
+        issuer.follow(config_of(box, url, ENTRY.replace("orders.token", "another.token")))
+        assert issuer.identity_of(entry).serial == serial
+        await until(lambda: issuer.identity_of(entry).serial != serial)
+        assert list(issuer._held.values()) == held
+        assert not (box / "another.token").exists()
 
 
 async def test_without_a_token_an_entry_has_no_identity_and_it_is_told_why(
