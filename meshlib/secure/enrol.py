@@ -4,6 +4,7 @@
     then         at half of the certificate's life, give or take a tenth of that, a new key is made here and certified
                  over mTLS, which the present certificate opens
     meanwhile    every five minutes or so, roots and revocations are asked for
+    a restart    what isn't due to be renewed is in force at once; roots and revocations are asked for with the next look, which is now
     afterwards   a machine that was off until its certificate had expired can't renew: nobody vouches for it any more. It
                  takes another token; one that is put into the token's place is found by itself, within a minute
 
@@ -100,6 +101,7 @@ class EnrolledSource:
         self._withdrawn = ""
         self._refused: dict[bytes, MeshError] = {}  # by the hash of a token that will never be good again
         self._trust_due = 0.0
+        self._has_answered = False
         self._pause = _Pause(chance)
 
     # ------------------------------------------------------------------------------------------------ for the store
@@ -111,9 +113,13 @@ class EnrolledSource:
         now = self._wall_clock()
         self._kept.write_down()
         found, missing = self._present(now)
+        has_answered, self._has_answered = self._has_answered, True
         token, hindrance = self._token_text()
+        # A process that begins has it at once, also while the CA is silent, when every question takes seconds. That for roots and
+        # revocations is left to the next look, which is due now: `refresh_at` says so. A renewal isn't left to processes that live longer.
+        is_settled = not has_answered and token is None and found is not None and self._is_settled(found, now)
         try:
-            if self._pause.is_over(now):
+            if not is_settled and self._pause.is_over(now):
                 found = self._asked(found, token, now)
                 self._pause.forget()
         except (MeshError, OSError) as error:
@@ -233,6 +239,9 @@ class EnrolledSource:
                 # Another process may have been quicker.
                 found = self._renew(found) if is_ours and newest.serial == found.serial else newest
         return found
+
+    def _is_settled(self, found: Identity, now: float) -> bool:
+        return found.serial != self._withdrawn and now < self.renewal_at(found)
 
     def _first(self, found: Identity | None, now: float) -> Identity | None:
         """Use the token, or find what another process has bought with it."""

@@ -260,12 +260,36 @@ def test_renewals_of_a_fleet_are_spread(
 
 
 def test_restart_needs_no_ca(source: EnrolledSource, box: Path, wire: Wire, clock: Clock) -> None:
-    """What lies in the folder is good; that the CA is away is a note."""
+    """What lies in the folder is in force before anybody is asked, which may take seconds; that the CA is away is a note at once."""
     first = source.load()
     wire.is_down = True
-    again = source_of(box, wire, clock).load()
-    assert (again.serial, again.key) == (first.serial, first.key)
-    assert "could not be used" in again.notes[0]
+    asked, restarted = len(wire.asked), source_of(box, wire, clock)
+    again = restarted.load()
+    assert (again.serial, again.key, again.notes, len(wire.asked)) == (first.serial, first.key, (), asked)
+    assert restarted.refresh_at(again, clock.now) <= clock.now
+    later = restarted.load()
+    assert later.serial == first.serial
+    assert "could not be used" in later.notes[0]
+
+
+def test_restart_takes_no_revocation_back(source: EnrolledSource, box: Path, wire: Wire, clock: Clock, authority: Any) -> None:
+    """One that is known here counts at once, and one that isn't with the second look."""
+    first = source.load()
+    authority.revoke("orders")
+    restarted = source_of(box, wire, clock)
+    assert restarted.load().serial == first.serial
+    with pytest.raises(IdentityWithdrawn):
+        restarted.load()
+    wire.is_down = True
+    with pytest.raises(IdentityWithdrawn):
+        source_of(box, wire, clock).load()
+
+
+def test_short_process_leaves_no_renewal_to_others(source: EnrolledSource, box: Path, wire: Wire, clock: Clock) -> None:
+    """Jobs that look once and end would let it expire."""
+    first = source.load()
+    clock.now = NOW + DAY / 2
+    assert source_of(box, wire, clock).load().serial != first.serial
 
 
 def test_failed_renewal_keeps_the_identity_and_backs_off(source: EnrolledSource, clock: Clock, wire: Wire, caplog: Any) -> None:
