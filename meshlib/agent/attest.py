@@ -7,8 +7,9 @@ The kernel keeps who called `connect` (SO_PEERCRED: process, user, group) and, s
     attest    on a thread: user and group as they are now, executable, its hash, control groups; and then all of it once more,
               and that the process still lives. What differs, or can't be read, is a refusal
 
-An executable is read through /proc/<pid>/exe and never by its path, where another file may lie by now; one that was replaced
-or deleted is refused. Its path counts only where it leads to that same file for us too: a process can make itself a mount
+An executable is looked at through /proc/<pid>/exe and never by its path, where another file may lie by now; one that was replaced
+or deleted is refused. It is read only for its hash: one that we may not read (0750, say) has none, and fits no entry that asks for
+one. Its path counts only where it leads to that same file for us too: a process can make itself a mount
 namespace in which any path leads anywhere. A unit is the first service or scope on the way down from the root, as systemd sees
 it: what is below was made by whoever the unit is delegated to, in any name they liked.
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import select
 import socket
@@ -38,11 +40,15 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from ..errors import Denied
 
+log = logging.getLogger("meshlib.agent")
+
 # Python has no name for it yet.
 SO_PEERPIDFD: Final = 77
 # Bytes: what is read of /proc, and of the largest executable whose hash is taken.
 MOST_TEXT: Final = 64 * 1024
 LARGEST: Final = 1024 * 1024 * 1024
+# Seconds between two lines about programs that can't be read.
+QUIET: Final = 60.0
 # Hashes that are remembered: executables of one machine, not processes.
 MOST_DIGESTS: Final = 256
 
@@ -57,7 +63,7 @@ class Caller:
     """An attested process: what its registration entry is looked for with. None of it is ever shown: not in repr, logs or errors.
 
     `executable` is "" where its path doesn't name it (another mount namespace); `digest` (SHA-256, hex) is "" where no entry of its
-    user asks for one. `units` are systemd's, `cgroups` paths of control groups.
+    user asks for one, or the file can't be read. `units` are systemd's, `cgroups` paths of control groups.
     """
 
     pid: int = field(repr=False)
@@ -135,6 +141,9 @@ class Peer:
     def link(self, name: str) -> str:
         return os.readlink(name, dir_fd=self._folder)
 
+    def stat(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self._folder)
+
     def open(self, name: str) -> int:
         return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._folder)
 
@@ -171,6 +180,7 @@ class Attestor:
         self._wants_digest = wants_digest
         self._kernel = kernel or Kernel()
         self._digests = Digests()
+        self._quiet_until = 0.0
 
     def uid_of(self, sock: socket.socket) -> int:
         return uid_of(sock, self._kernel)
@@ -226,14 +236,32 @@ class Attestor:
 
     def _look(self, peer: Peer, *, hashed: bool) -> tuple[_Look, str]:
         link = peer.link("exe")
-        fd = peer.open("exe")
-        try:
-            found = os.fstat(fd)
-            digest = self._digests.of(fd, found) if hashed else ""
-        finally:
-            os.close(fd)
+        found = peer.stat("exe")
+        digest = self._digest(peer, found) if hashed else ""
         uid, gid = _users(peer.read("status"))
         return _Look(_begun(peer.read("stat")), uid, gid, link, _identity(found)), digest
+
+    def _digest(self, peer: Peer, found: os.stat_result) -> str:
+        try:
+            fd = peer.open("exe")
+        except PermissionError:
+            self._tell_unreadable()
+            return ""
+        try:
+            if _identity(os.fstat(fd)) != _identity(found):
+                raise _denied("changed")
+            return self._digests.of(fd, found)
+        finally:
+            os.close(fd)
+
+    def _tell_unreadable(self) -> None:
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + QUIET
+            log.warning(
+                "the program of a caller can't be read, and so fits no entry with sha256: let the agent's user read it, or give"
+                " the agent CAP_DAC_READ_SEARCH"
+            )
 
 
 class Digests:
@@ -365,5 +393,6 @@ def _rule_of(error: Exception) -> str:
 
 
 def _denied(rule: str) -> Denied:
-    hint = "To see the executables of other users, the agent runs as root, or has CAP_SYS_PTRACE." if rule == "no_right" else ""
+    hint = "To see which program a process of another user runs, the agent runs as root, or has CAP_SYS_PTRACE."
+    hint = hint if rule == "no_right" else ""
     return Denied(f"a caller can't be attested ({rule}).", rule=f"attest.{rule}", hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -11,7 +12,8 @@ import subprocess
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -336,6 +338,48 @@ def test_program_that_was_replaced_is_refused(listening: socket.socket, tmp_path
         shutil.copy2("/bin/true", other)
         other.rename(program)
         assert rule_of(connection) == "attest.replaced_executable"
+
+
+def without_right_to_read(work: Callable[[], Caller]) -> Caller:
+    """As the unit's agent: it may look at processes of others, and not into their files. Rights are those of a thread."""
+
+    def run() -> Caller:
+        libc = ctypes.CDLL(None, use_errno=True)
+        header, rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, rights) == 0
+        rights[0] &= ~(1 << 1 | 1 << 2)  # DAC_OVERRIDE and DAC_READ_SEARCH, of those in effect
+        assert libc.capset(header, rights) == 0
+        return work()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o711])
+def test_program_that_may_not_be_read_is_known_by_all_but_its_hash(listening: socket.socket, tmp_path: Path, mode: int) -> None:
+    """What asks for no hash fits, and what does never fits: nobody has seen what is in it."""
+    program = own_python(tmp_path)
+    hashed = hashlib.sha256(program.read_bytes()).hexdigest()
+    os.chown(program, OTHER, OTHER)
+    program.chmod(mode)
+    with process(listening, uid=OTHER, executable=str(program)) as (_, connection):
+        caller = without_right_to_read(lambda: attested(connection))
+        seen = attested(connection)
+    assert (caller.uid, caller.executable, caller.digest, seen.digest) == (OTHER, str(program), "", hashed)
+    plain, strict = EntryPolicy("plain", uid=OTHER, path=str(program)), EntryPolicy("strict", uid=OTHER, sha256=(hashed, ""))
+    assert [entry.service for entry in Entries([plain, strict]).of(caller)] == ["plain"]
+    assert [entry.service for entry in Entries([plain, strict]).of(seen)] == ["plain", "strict"]
+
+
+def test_program_that_may_not_be_read_and_is_replaced_is_refused(listening: socket.socket, tmp_path: Path) -> None:
+    """To look at it is enough for that."""
+    program = own_python(tmp_path)
+    os.chown(program, OTHER, OTHER)
+    program.chmod(0o711)
+    with process(listening, uid=OTHER, executable=str(program)) as (_, connection):
+        program.unlink()
+        with pytest.raises(Denied, match="replaced_executable"):
+            without_right_to_read(lambda: attested(connection))
 
 
 def test_program_is_hashed_as_it_runs_and_not_by_its_path(listening: socket.socket, tmp_path: Path) -> None:
