@@ -14,6 +14,7 @@ Who may have which identity is not known here: `entries.py`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import OrderedDict
@@ -100,6 +101,8 @@ class Issuer:
         self._held: dict[str, _Held] = {}
         self._by_service: dict[str, str] = {}
         self._tokens: OrderedDict[tuple[str, tuple[str, ...]], _Token] = OrderedDict()
+        # By what they are for: tokens that somebody waits for.
+        self._under_way: dict[tuple[object, ...], asyncio.Task[str]] = {}
         # Keys of tokens that aren't known: since when, by the clock of who vouches.
         self._sought: OrderedDict[str, float] = OrderedDict()
         self._callbacks: list[Callable[[], None]] = []
@@ -188,6 +191,9 @@ class Issuer:
         self._federation.cancel()
         for held in self._all():
             held.store.close()
+        for work in tuple(self._under_way.values()):
+            work.cancel()
+        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._authority.close()
 
@@ -289,7 +295,16 @@ class Issuer:
         kept = self._tokens.get(key)
         if kept is not None and kept.serial == identity.serial and now < kept.stale:
             return kept.handed.text, ""
-        self._count(held)
+        # Who asks for the same meanwhile waits for the same answer, and who goes away leaves it to the others.
+        work = self._under_way.get((*key, identity.serial))
+        if work is None:
+            self._count(held)
+            work = asyncio.create_task(self._new_token(held, identity, named), name="meshlib-token")
+            self._under_way[*key, identity.serial] = work
+            work.add_done_callback(functools.partial(self._is_through, (*key, identity.serial)))
+        return await asyncio.shield(work), ""
+
+    async def _new_token(self, held: _Held, identity: Identity, named: tuple[str, ...]) -> str:
         asked = asyncio.get_running_loop().run_in_executor(self._pool, self._authority.jwt, identity, held.service, named)
         try:
             handed = await asyncio.wait_for(asked, PATIENCE)
@@ -301,10 +316,17 @@ class Issuer:
             text = "it took too long" if isinstance(error, TimeoutError) else str(error)
             log.warning("no JWT-SVID for %s: %s", held.service, text)
             raise IdentityError(f"there is no token for {held.service} now: {text}.", reason="jwt.failed") from error
-        self._tokens[key] = _Token(handed, identity.serial, now + max(0.0, handed.expires - now) / 2)
+        now = self._wall_clock()
+        if identity.spiffe_id in self._held:
+            self._tokens[identity.spiffe_id, named] = _Token(handed, identity.serial, now + max(0.0, handed.expires - now) / 2)
         while len(self._tokens) > MOST_TOKENS:
             self._tokens.popitem(last=False)
-        return handed.text, ""
+        return handed.text
+
+    def _is_through(self, key: tuple[object, ...], work: asyncio.Task[str]) -> None:
+        self._under_way.pop(key, None)
+        if not work.cancelled():
+            work.exception()  # those who wait have it; where nobody waits any more, nobody has to
 
     def watch(self, callback: Callable[[], None]) -> Callable[[], None]:
         self._callbacks.append(callback)

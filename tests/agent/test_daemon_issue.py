@@ -261,6 +261,23 @@ async def test_the_key_of_tokens_is_told_before_the_first_token(tmp_path: Path, 
     assert {kid_of(token)} == before
 
 
+async def test_all_who_ask_for_one_token_at_once_get_the_same(tmp_path: Path, authority: Any, issuing: Make) -> None:
+    """It is made once, however many they are and whoever of them goes away; what goes wrong is told to all, and tried anew after."""
+    config = config_of(tmp_path)
+    issuer = await issuing(config)
+    entry = entry_of(config)
+    asked = [asyncio.create_task(issuer.jwt(entry, ["stock"])) for _ in range(200)]
+    await asyncio.sleep(0)
+    asked[0].cancel()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(found[0], asyncio.CancelledError)
+    assert len(set(found[1:])) == 1
+    assert events(authority).count("jwt.issue") == 1
+    bad = await asyncio.gather(*(issuer.jwt(entry, ["no name"]) for _ in range(3)), return_exceptions=True)
+    assert [getattr(error, "reason", None) for error in bad] == ["jwt.audience"] * 3
+    assert issuer._under_way == {}
+
+
 async def test_a_token_without_an_audience_is_refused(tmp_path: Path, authority: Any, issuing: Make) -> None:
     """By its reason, which the Workload API tells apart."""
     config = config_of(tmp_path)
