@@ -454,7 +454,9 @@ class Mesh:
             after.inbound.public,
             after.inbound.probe,
         ):
-            log.warning("where services.%s listens has changed in %s: that takes effect with a restart", self.service, fresh.file)
+            log.warning(
+                "where services.%s listens has changed in %s: that takes effect with a restart", self.service, fresh.label
+            )
         # There may be more places than before.
         self.room.call(self.gate.called())
         self._renew_guards()

@@ -63,7 +63,7 @@ class Reload:
                 if is_new:
                     self._adopt(fresh)
                 elif self._error:
-                    log.info("configuration %s can be used again", fresh.file)
+                    log.info("configuration %s can be used again", fresh.label)
                 remember(fresh)
             except errors.MeshError:
                 self.failures += 1
@@ -73,7 +73,7 @@ class Reload:
                 return False
             self.taken += 1
         tell(fresh)
-        log.info("configuration %s is in force", fresh.file)
+        log.info("configuration %s is in force", fresh.label)
         return True
 
     async def look(self) -> None:

@@ -164,9 +164,7 @@ class RateGuard:
 
 def open_store(name: str, settings: Mapping[str, Any]) -> GlobalLimiter:
     """The store of a name, by its entry point."""
-    made, _ = opened(
-        GROUP, name, lambda factory: factory(settings), at=f"stores.{name}", example="meshlib-redis", trusted_with="limits"
-    )
+    made, _ = opened(GROUP, name, lambda factory: factory(settings), at=f"stores.{name}", trusted_with="limits")
     found: GlobalLimiter = made
     return found
 

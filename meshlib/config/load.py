@@ -47,6 +47,11 @@ class Examined:
     url: str = field(default="", repr=False)
     fresh: bytes = field(default=b"", repr=False)
 
+    @property
+    def label(self) -> str:
+        """How people find it: the file, or the URL without what may be a password."""
+        return shown(self.url) if self.url else str(self.file)
+
 
 def load(
     source: str | os.PathLike[str] | None = None,
@@ -73,7 +78,7 @@ def load(
         line = examined.text.line_of(("services",))
         message = f"{name!r} is no service of this file" if name else "not set, so it is unknown which service this process is"
         hint = f"{near(name, known) if name else ''}one of {some(known)}"
-        raise ConfigError([Problem(str(examined.file), line, key, message, hint)])
+        raise ConfigError([Problem(examined.label, line, key, message, hint)])
     document, secure = examined.document, examined.document.secure
     folder, is_dev = examined.file.parent, examined.dev_folder is not None
     node = agent_policy.agent(document.agent, folder)
@@ -111,6 +116,7 @@ def load(
         origin=examined.origin,
         url=examined.url,
         fresh=examined.fresh,
+        places=_places(examined),
     )
 
 
@@ -120,8 +126,7 @@ def examine(source: str | os.PathLike[str] | None = None, *, origin: ConfigSourc
     url = str(named) if is_url(named) else ""
     is_fresh = False
     if url:
-        origin = origin or open_source(url)
-        document_read, is_fresh = read_source(origin, url)
+        origin, document_read, is_fresh = _read_url(url, origin)
         file, label = Path(url.rpartition("/")[2] or "mesh.yaml"), shown(url)
         content = _decoded(document_read, label)
     else:
@@ -172,7 +177,7 @@ def _zone(examined: Examined, named: str | None) -> str:
     except ValidationError as error:
         context = error.errors()[0].get("ctx", {})
         key = "MESHLIB_ZONE" if named is None else "zone"
-        problem = Problem(str(examined.file), 1, key, str(context.get("message")), str(context.get("hint")))
+        problem = Problem(examined.label, 1, key, str(context.get("message")), str(context.get("hint")))
     raise ConfigError([problem])
 
 
@@ -199,6 +204,30 @@ def read_endpoints(source: str | os.PathLike[str]) -> tuple[EndpointSettings, ..
     if text.problems:
         raise ConfigError(text.problems)
     return found
+
+
+def _places(examined: Examined) -> Text:
+    """The lines of `registries`, and of `discover` and `register` of each service; not of what is written in them by the thousand."""
+    lines = {
+        path: line
+        for path, line in examined.text.lines.items()
+        if path[0] == "registries"
+        or (path[0] == "services" and (len(path) <= 2 or path[2] in ("discover", "register")) and path[3:4] != ("static",))
+    }
+    return Text(examined.label, lines=lines)
+
+
+def _read_url(url: str, origin: ConfigSource | None) -> tuple[ConfigSource, bytes, bool]:
+    """The source, the document and whether it is fresh. What the source's package says of them is told with the URL."""
+    label = shown(url)
+    try:
+        origin = origin or open_source(url)
+        return origin, *read_source(origin, url)
+    except ConfigError as error:
+        if error.problems:
+            raise
+        message = error.message.removeprefix(f"{label}: ").rstrip(".")
+        raise ConfigError([Problem(label, 1, "(source)", message, error.hint.rstrip("."))]) from None
 
 
 def _decoded(content: bytes, label: str) -> str:

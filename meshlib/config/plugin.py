@@ -11,27 +11,35 @@ wrong in it is told by the kind of the error alone, since the text may hold what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from meshlib.errors import ConfigError, MeshError
 
+from .values import near
+
 T = TypeVar("T")
 
+# The packages of this project, each by the name that it has here: meshlib-<name>.
+OURS: Final = {
+    "meshlib.identity": ("consul", "spiffe"),
+    "meshlib.resolver": ("consul", "etcd"),
+    "meshlib.limit": ("redis",),
+    "meshlib.config": ("consul", "etcd"),
+}
+_WORD: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\Z")
 
-def opened(group: str, name: str, make: Callable[[Any], T], *, at: str, example: str, trusted_with: str) -> tuple[T, str]:
+
+def opened(group: str, name: str, make: Callable[[Any], T], *, at: str, trusted_with: str) -> tuple[T, str]:
     """What `make` makes of the factory that a package offers, and where it comes from. Raises ConfigError, or what the package raised.
 
-    `at` is the key of mesh.yaml, `example` a package that offers such a thing, `trusted_with` what is in its hands.
+    `at` is the key of mesh.yaml, `trusted_with` what is in the package's hands.
     """
     points = tuple(entry_points(group=group, name=name))
     if not points:
-        plain = example.removeprefix("meshlib-")
-        raise ConfigError(
-            f"{at}: no installed package provides {name!r}.",
-            hint=f"Install the one that does (for {plain}: pip install {example}). It has an entry point in the group {group}.",
-        )
+        raise ConfigError(f"{at}: no installed package provides {name!r}.", hint=_install(group, name))
     if len(points) > 1:
         offered = ", ".join(sorted(point.value for point in points))
         raise ConfigError(
@@ -47,3 +55,15 @@ def opened(group: str, name: str, make: Callable[[Any], T], *, at: str, example:
             f"{at}: {points[0].value} can't be used: {type(error).__name__}.",
             hint="Correct its settings, or what is wrong with the installation of that package.",
         ) from None
+
+
+def _install(group: str, name: str) -> str:
+    """What to do about a package that isn't there. A mistyped name must not send anybody after a package of that name."""
+    kind = name.partition("+")[0]  # of a URL with TLS: etcd+https
+    ours = OURS.get(group, ())
+    close = "" if kind in ours else near(kind, ours)
+    if close:
+        one = next(each for each in ours if repr(each) in close)
+        return f"{close}It comes with: pip install meshlib-{one}. Any other package has an entry point in the group {group}."
+    install = f": pip install meshlib-{kind}" if _WORD.match(kind) else ""
+    return f"Install the package that does{install}. It has an entry point in the group {group}."

@@ -23,7 +23,8 @@ from .rate_policy import RatePolicy, rates
 from .section import Choice, Section
 from .secure_document import Secure
 from .secure_policy import CredentialPolicy, FederationPolicy, IdentityChoice, ProviderPolicy, ProxiesPolicy, RulePolicy, rules
-from .source import ConfigSource
+from .source import ConfigSource, shown
+from .text import Text
 from .values import near, some
 
 S = TypeVar("S", bound=Section)
@@ -125,6 +126,7 @@ class Config:
     nobody said. `guards` has an entry "*" for all that the file doesn't name; `stores` are settings by plugin.
     `origin` is None where `file` is one; else where it came from by `url`, and `file` says what relative paths are relative to.
     `fresh` is the text itself where the source was asked for it: what is to be kept on disk once it is in force.
+    `places` knows on which lines it says where services are, for what only their packages can judge.
     `federation` is by trust domain, `jwt` by the provider's name. `record` is the folder of what `meshlib suggest` reads.
     """
 
@@ -156,6 +158,12 @@ class Config:
     origin: ConfigSource | None = field(default=None, repr=False, compare=False)
     url: str = field(default="", repr=False)
     fresh: bytes = field(default=b"", repr=False, compare=False)
+    places: Text = field(default_factory=lambda: Text(""), repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """How people find it: the file, or the URL without what may be a password."""
+        return shown(self.url) if self.url else str(self.file)
 
     @property
     def own(self) -> ServicePolicy:

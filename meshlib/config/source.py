@@ -35,6 +35,9 @@ MOST: Final = 16 * 1024 * 1024
 
 _KEPT: Final = Path(".meshlib/config")
 
+# URLs of which it was told that they can't be kept.
+_unkept: set[str] = set()
+
 
 class ConfigSource(Protocol):
     """A document that somebody else keeps. Made by a package's factory, which gets the URL."""
@@ -69,7 +72,6 @@ def open_source(url: str) -> ConfigSource:
         url.partition("://")[0],
         lambda factory: factory(url),
         at=shown(url),
-        example="meshlib-consul",
         trusted_with="configuration",
     )
     found: ConfigSource = made
@@ -97,12 +99,13 @@ def read_source(source: ConfigSource, url: str) -> tuple[bytes, bool]:
 
 
 def keep(url: str, content: bytes) -> None:
-    """Remember a document that is in force. What can't be written is not kept, and says so once in the log."""
+    """Remember a document that is in force. What can't be written is not kept, and that is told once, as it is missed too late."""
     file = _file_of(url)
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if file.exists() and file.read_bytes() == content:
             os.utime(file)
+            _unkept.discard(url)
             return
         descriptor, name = tempfile.mkstemp(dir=file.parent)  # 0600, and never one that is there already
         try:
@@ -116,7 +119,16 @@ def keep(url: str, content: bytes) -> None:
                 Path(name).unlink()
             raise
     except OSError as error:
-        log.info("the configuration of %s isn't kept on disk: %s", shown(url), error.strerror)
+        if url not in _unkept:
+            _unkept.add(url)
+            log.warning(
+                "the configuration of %s can't be kept in %s: %s. While its source is down, this process will not start",
+                shown(url),
+                file.parent,
+                error.strerror,
+            )
+    else:
+        _unkept.discard(url)
 
 
 def _kept(url: str) -> tuple[bytes, float] | None:

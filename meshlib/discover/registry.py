@@ -82,7 +82,6 @@ def open_registry(plugin: str, settings: Mapping[str, Any]) -> Registry:
         plugin,
         lambda factory: factory(dict(settings)),
         at="registries",
-        example="meshlib-consul",
         trusted_with="addresses",
     )
     found: Registry = made

@@ -66,7 +66,6 @@ def open_plugin(name: str, settings: Mapping[str, Any], *, spiffe_id: str, trust
         name,
         lambda factory: factory(dict(settings), spiffe_id=spiffe_id, trust_domain=trust_domain),
         at="secure.identity.plugin",
-        example="meshlib-spiffe",
         trusted_with="identity",
     )
     if not callable(getattr(source, "load", None)):

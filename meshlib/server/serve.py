@@ -90,7 +90,7 @@ def own_address(mesh: Inside) -> str:
     if listen is None:
         raise ConfigError(
             f"the service {mesh.service!r} has no address to listen on.",
-            hint=f"Set services.{mesh.service}.listen in {mesh.config.file}, or say --listen 127.0.0.1:8000.",
+            hint=f"Set services.{mesh.service}.listen in {mesh.config.label}, or say --listen 127.0.0.1:8000.",
         )
     return listen
 

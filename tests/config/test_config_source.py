@@ -57,6 +57,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Shelf]:
     monkeypatch.chdir(tmp_path)
     for name, value in (
         ("content", DOCUMENT % 1),
+        ("read", Shelf.read),
         ("error", None),
         ("turned", threading.Event()),
         ("opened", []),
@@ -70,6 +71,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Shelf]:
         return [made] if (group, name) == (source.GROUP, "shelf") else []
 
     monkeypatch.setattr("meshlib.config.plugin.entry_points", entry_points)
+    monkeypatch.setattr(source, "_unkept", set(), raising=False)
     return Shelf
 
 
@@ -129,11 +131,75 @@ def test_mistakes_are_told_with_the_sources_name_and_are_not_kept(shelf: type[Sh
     assert (problem.file, problem.line, kept()) == ("shelf://127.0.0.1:1/shop/mesh.yaml", 2, [])
 
 
-def test_unknown_scheme_names_the_package_to_install() -> None:
-    """Which is the likely cause."""
-    with pytest.raises(ConfigError, match="no installed package provides 'consulx'") as caught:
-        load("consulx://127.0.0.1/x")
-    assert "pip install" in str(caught.value)
+def test_place_of_a_document_is_its_url(
+    shelf: type[Shelf], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is fine and the process is not, and when it comes into force: there is no file of its name in this folder."""
+    monkeypatch.delenv("MESHLIB_SERVICE", raising=False)
+    where = "shelf://127.0.0.1:1/shop/mesh.yaml"
+    with pytest.raises(ConfigError) as caught:
+        load(URL, service="oders")
+    assert [(problem.file, problem.line) for problem in caught.value.problems] == [(where, 3)]
+    with pytest.raises(ConfigError) as caught:
+        load(URL, zone="a\nb")
+    assert [problem.file for problem in caught.value.problems] == [where]
+    mesh = meshlib.Mesh.load(URL)
+    shelf.content = DOCUMENT % 2
+    with caplog.at_level(logging.INFO, logger="meshlib"):
+        assert mesh.reload()
+    assert f"configuration {where} is in force" in caplog.messages
+    assert (mesh.config.label, "geheim" in caplog.text) == (where, False)
+
+
+def test_what_a_source_refuses_is_told_with_its_url(shelf: type[Shelf]) -> None:
+    """A key that isn't there is a mistake like any other, in the form that editors and pipelines read."""
+
+    def read(self: Shelf) -> bytes:
+        raise ConfigError("the shelf has no such key.", hint="Put it there.")
+
+    shelf.read = read  # type: ignore[method-assign]
+    with pytest.raises(ConfigError) as caught:
+        load(URL)
+    assert str(caught.value) == "shelf://127.0.0.1:1/shop/mesh.yaml:1: (source): the shelf has no such key (Put it there)"
+
+
+def test_document_that_can_not_be_kept_is_told_once(shelf: type[Shelf], caplog: pytest.LogCaptureFixture) -> None:
+    """As a warning: nobody misses the copy before the day on which it is needed."""
+    Path(".meshlib").write_text("in the way")
+    with caplog.at_level(logging.WARNING, logger="meshlib.config"):
+        mesh = meshlib.Mesh.load(URL)
+        shelf.content = DOCUMENT % 2
+        assert mesh.reload()
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "meshlib.config")
+    assert "shelf://127.0.0.1:1/shop/mesh.yaml can't be kept" in message
+    assert "will not start" in message
+    assert "geheim" not in message
+    caplog.clear()
+    Path(".meshlib").unlink()
+    with caplog.at_level(logging.WARNING, logger="meshlib.config"):
+        shelf.content = DOCUMENT % 3
+        assert mesh.reload()
+        assert ("kept" in caplog.text, len(kept())) == (False, 1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "told"),
+    [
+        ("ectd", "did you mean 'etcd'? It comes with: pip install meshlib-etcd"),
+        ("etcd+https", "pip install meshlib-etcd."),
+        ("zoo", "pip install meshlib-zoo."),
+        ("z.o", "Install the package that does."),
+    ],
+)
+def test_unknown_scheme_names_the_package_to_install(scheme: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is the likely cause; and for a mistyped word nobody is sent after a package of that name."""
+    monkeypatch.setattr("meshlib.config.plugin.entry_points", lambda **_: ())
+    with pytest.raises(ConfigError) as caught:
+        load(f"{scheme}://127.0.0.1/x")
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.message) == (f"{scheme}://127.0.0.1/x", f"no installed package provides {scheme!r}")
+    assert told in problem.hint
+    assert f"meshlib-{scheme}" not in problem.hint or scheme in ("etcd", "zoo")
 
 
 def test_mesh_takes_a_document_that_changed_and_keeps_the_good_one(shelf: type[Shelf]) -> None:
