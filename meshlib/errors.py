@@ -32,6 +32,7 @@ from Rust too. This module imports nothing of meshlib, so that everything may im
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +74,19 @@ class Problem:
 
 
 class ConfigError(MeshError):
-    """The configuration can't be used. All its mistakes are in `problems`, and one line each in the text."""
+    """The configuration can't be used. All its mistakes are in `problems`, and one line each in the text.
+
+    A package that refuses its settings knows no file: it says what is wrong in one text, which begins with the key that it speaks of
+    (`registries.etcd.timeout must be …`), and names in `unknown` the settings that it doesn't know, in `known` those that it does.
+    """
 
     reason = "config.invalid"
 
-    def __init__(self, problems: list[Problem] | str, *, hint: str = "") -> None:
+    def __init__(
+        self, problems: list[Problem] | str, *, hint: str = "", unknown: Iterable[str] = (), known: Iterable[str] = ()
+    ) -> None:
+        self.unknown = tuple(unknown)
+        self.known = tuple(known)
         if isinstance(problems, str):
             super().__init__(problems, hint=hint)
             self.problems: list[Problem] = []

@@ -1,8 +1,8 @@
 """`meshlib vet`: is this mesh.yaml right, and does it say what I think?
 
-All mistakes at once, a line each, in the form that editors and pipelines understand (file:line: …). A file without
-mistakes is summed up in a table, with warnings for settings that are allowed but inert or dangerous. It reads the
-file only: whether endpoints answer and certificates are valid is for the running process to find out.
+All mistakes at once, a line each, in the form that editors and pipelines understand (file:line: …), with those in what is for the
+package of a registry. A file without mistakes is summed up in a table, with warnings for settings that are allowed but inert or
+dangerous. It reads the file only: whether endpoints answer and certificates are valid is for the running process to find out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -37,21 +37,26 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def run(args: argparse.Namespace) -> int:
     from meshlib.config import examine
+    from meshlib.discover.vet import check
 
+    here: list[Problem] = []
     try:
-        examined = examine(args.file)
+        examined = examine(args.file, check=lambda text: check(text, here))
     except ConfigError as error:
+        # Whoever raises it need not know of a file.
+        problems = error.problems or [Problem("(configuration)", 1, "(source)", error.message, error.hint)]
         if args.json:
-            _print_json(error.problems, (), [])
+            _print_json(problems, tuple(here), [])
         else:
-            print("\n".join(str(problem) for problem in error.problems))
-            print(f"{_count(len(error.problems), 'problem')}. Nothing would start with this file.", file=sys.stderr)
+            print("\n".join(str(problem) for problem in problems))
+            print(f"{_count(len(problems), 'problem')}. Nothing would start with this file.", file=sys.stderr)
         return 2
+    warnings = (*examined.warnings, *here)
     rows = [_row(service, examined.names.trust_domain) for service in examined.services.values()]
     if args.json:
-        _print_json([], examined.warnings, [dict(zip(_COLUMNS, row, strict=True)) for row in rows], _trust(examined))
+        _print_json([], warnings, [dict(zip(_COLUMNS, row, strict=True)) for row in rows], _trust(examined))
     else:
-        _print(examined, rows)
+        _print(examined, rows, warnings)
     return 0
 
 
@@ -76,7 +81,8 @@ def _endpoints(service: ServicePolicy) -> str:
         return "none"
     if discover.static is not None:
         return f"{len(discover.static)} static"
-    return f"file {discover.file}" if discover.file is not None else f"dns {discover.dns}"
+    ways = (("file", discover.file), ("dns", discover.dns), ("srv", discover.srv), ("registry", discover.registry))
+    return next(f"{way} {named}" for way, named in ways if named is not None)
 
 
 def _callers(service: ServicePolicy, trust_domain: str) -> str:
@@ -111,13 +117,13 @@ def _range(values: list[Any]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
-def _print(examined: Examined, rows: list[tuple[str, ...]]) -> None:
+def _print(examined: Examined, rows: list[tuple[str, ...]], warnings: Iterable[Problem]) -> None:
     mesh, domain = examined.document.mesh, examined.names.trust_domain
     print(f"{examined.text.file}: mesh {mesh}, trust domain {domain}, {_count(len(rows), 'service')}, no mistakes")
     _print_table(rows)
     for word, value in _trust(examined).items():
         print(f"{word}: {value}")
-    for warning in examined.warnings:
+    for warning in warnings:
         print(f"warning: {warning}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -120,8 +120,16 @@ def load(
     )
 
 
-def examine(source: str | os.PathLike[str] | None = None, *, origin: ConfigSource | None = None) -> Examined:
-    """Read and check a file, without asking which service this process is. Raises ConfigError with all problems."""
+def examine(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    origin: ConfigSource | None = None,
+    check: Callable[[Text], object] | None = None,
+) -> Examined:
+    """Read and check a file, without asking which service this process is. Raises ConfigError with all problems.
+
+    `check` may look at the text and note what else is wrong; what has the wrong shape is told already.
+    """
     named = source if source is not None else os.environ.get("MESHLIB_CONFIG") or "mesh.yaml"
     url = str(named) if is_url(named) else ""
     is_fresh = False
@@ -145,6 +153,8 @@ def examine(source: str | os.PathLike[str] | None = None, *, origin: ConfigSourc
         except ValidationError as error:
             problems.note(text, error)
         vet.check(text, is_dev=dev is not None)
+        if check is not None:
+            check(text)
     if text.problems or document is None:
         raise ConfigError(sorted(text.problems, key=lambda problem: problem.line))
     names = Names(document, is_dev=dev is not None)

@@ -11,14 +11,16 @@ wrong in it is told by the kind of the error alone, since the text may hold what
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Any, Final, TypeVar
 
 from meshlib.errors import ConfigError, MeshError
 
-from .values import near
+from .text import Path, Text
+from .values import near, nearest, some
 
 T = TypeVar("T")
 
@@ -29,6 +31,14 @@ OURS: Final = {
     "meshlib.limit": ("redis",),
     "meshlib.config": ("consul", "etcd"),
 }
+# What the mesh itself understands in a section of which a package gets the rest.
+_OURS_IN: Final = {
+    "registries": ("plugin", "cache"),
+    "discover": ("registry",),
+    "register": ("registry", "address", "labels", "weight"),
+}
+# A key of one of these sections, and what parts it from the rest of a message.
+_KEY: Final = re.compile(r"(registries|services)(?:((?:\.[A-Za-z0-9_-]+)+)(?:: | )|: )")
 _WORD: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\Z")
 
 
@@ -57,13 +67,49 @@ def opened(group: str, name: str, make: Callable[[Any], T], *, at: str, trusted_
         ) from None
 
 
+def note(text: Text, at: Path, error: ConfigError) -> None:
+    """Add what a package refuses to the problems of a text: each at the key that it speaks of, or at `at`, the section of its settings."""
+    text.problems += error.problems
+    known = (*_OURS_IN.get(str(at[0] if len(at) == 2 else at[-1]), ()), *error.known)
+    for key in error.unknown:
+        text.refuse((*at, key), "unknown key", f"{near(key, known)}allowed: {some(known, 20)}")
+    if not error.problems and not error.unknown:
+        path, message = _divided(error.message, at)
+        text.refuse(path, message.rstrip("."), error.hint.rstrip("."))
+
+
+@contextlib.contextmanager
+def noting(text: Text, at: Path) -> Iterator[None]:
+    """What a package refuses in here is noted; and what goes wrong in it, by its kind alone."""
+    try:
+        yield
+    except ConfigError as error:
+        note(text, at, error)
+    except MeshError as error:
+        text.refuse(at, error.message.rstrip("."), error.hint.rstrip("."))
+    except Exception as error:
+        text.refuse(at, f"its package can't use it: {type(error).__name__}", "correct it, or what is wrong with that package")
+
+
+def _divided(message: str, at: Path) -> tuple[Path, str]:
+    """The key that a message begins with, as far as it is one of a section of the file, and what is left of the message.
+
+    A package calls its section as it is usually called (`registries.etcd`), whatever the name of its entry is.
+    """
+    match = _KEY.match(message)
+    if match is None or match[1] != at[0]:
+        return at, message
+    keys = tuple(match[2].split(".")[1:]) if match[2] else ()
+    inner = keys[len(at) - 1 :]
+    return (*at, *inner), message[match.end() :]
+
+
 def _install(group: str, name: str) -> str:
     """What to do about a package that isn't there. A mistyped name must not send anybody after a package of that name."""
     kind = name.partition("+")[0]  # of a URL with TLS: etcd+https
     ours = OURS.get(group, ())
-    close = "" if kind in ours else near(kind, ours)
-    if close:
-        one = next(each for each in ours if repr(each) in close)
-        return f"{close}It comes with: pip install meshlib-{one}. Any other package has an entry point in the group {group}."
+    close, group = nearest(kind, ours), f"an entry point in the group {group}"
+    if close and close != kind:
+        return f"did you mean {close!r}? It comes with: pip install meshlib-{close}. Any other package has {group}."
     install = f": pip install meshlib-{kind}" if _WORD.match(kind) else ""
-    return f"Install the package that does{install}. It has an entry point in the group {group}."
+    return f"Install the package that does{install}. It has {group}."

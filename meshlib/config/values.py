@@ -324,13 +324,19 @@ def _check_path(value: str) -> str:
 
 
 def near(word: str, allowed: Iterable[str]) -> str:
-    """`did you mean …? ` for a mistyped word, or "". Case, hyphen and underscore are no difference."""
+    """`did you mean …? ` for a mistyped word, or ""."""
+    found = nearest(word, allowed)
+    return f"did you mean {found!r}? " if found else ""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """The word that was probably meant, or "". Case, hyphen and underscore are no difference."""
     words = {item.lower().replace("_", "-"): item for item in allowed}
     wanted = word.lower().replace("_", "-")
     # Thousands of names for each of thousands of mistakes would take minutes; then the first letter counts.
     candidates = [item for item in words if len(words) <= 500 or item[:1] == wanted[:1]][:500]
     close = difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.6)
-    return f"did you mean {words[close[0]]!r}? " if close else ""
+    return words[close[0]] if close else ""
 
 
 def some(names: Iterable[str], most: int = 6) -> str:

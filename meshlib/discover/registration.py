@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import secrets
@@ -42,6 +43,7 @@ LEAVE: Final = 5.0
 SETTLED: Final = 10.0
 
 _EVERYWHERE: Final = ("", "0.0.0.0", "::", "*")
+_ANY: Final = "192.0.2.1:1"
 
 
 class Registrar:
@@ -185,29 +187,61 @@ def instance_of(
     outward: Callable[[bool], str] | None = None,
 ) -> Instance:
     """What others are to see of this process. `listen` is where it listens, `address` what is written in its place. Raises ConfigError."""
+    key, told = f"services.{service}.register", settings or {}
+    if address and _host(address) in _EVERYWHERE:
+        raise ConfigError(
+            f"{key}.address can't be {address}, which nobody else can call.",
+            hint="The address under which others reach this process; or leave it out, and it is that of this host.",
+        )
     found = address or advertised(listen, outward or outward_address)
-    told = settings or {}
-    labels, weight = told.get("labels"), told.get("weight")
+    labels, weight = told.get("labels", {}), told.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0 or not math.isfinite(weight):
+        raise ConfigError(f"{key}.weight must be a number above 0.")
+    if not isinstance(labels, Mapping) or not all(isinstance(word, str) and word for word in labels.values()):
+        raise ConfigError(f"{key}.labels must be a mapping of words.", hint="labels: {version: v2}")
     return Instance(
         service,
         f"{service}-{found}-{os.getpid()}-{_salt(os.getpid())}",
         found,
         zone=zone,
-        weight=float(weight) if isinstance(weight, int | float) else 1.0,
-        labels={str(name): str(value) for name, value in labels.items()} if isinstance(labels, Mapping) else {},
+        weight=float(weight),
+        labels={str(name): label for name, label in labels.items()},
         protocol=protocol,
     )
 
 
+def foreseen(service: str, listen: str, *, address: str = "", **said: Any) -> Instance:
+    """The same before it serves, so that the rest can be judged: what is known only later (its port, an address of this host) has
+    another in its place. Raises ConfigError.
+    """
+    host, _, port = listen.rpartition(":")
+    is_known = bool(host) and port.isascii() and port.isdigit() and int(port) > 0
+    return instance_of(service, listen if is_known else _ANY, address=address, outward=_somewhere, **said)
+
+
+def for_package(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a `register` without those that are in the Instance already."""
+    return {name: value for name, value in settings.items() if name not in ("labels", "weight")}
+
+
+def _somewhere(is_v6: bool) -> str:
+    """An address of the kind, which is kept for documents (RFC 5737, RFC 3849)."""
+    return "2001:db8::1" if is_v6 else "192.0.2.1"
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+
 def advertised(listen: str, outward: Callable[[bool], str]) -> str:
     """The address of a listener, with that of this host where it listens everywhere. Raises ConfigError."""
-    host, colon, port = listen.rpartition(":")
+    _, colon, port = listen.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or not int(port):
         raise ConfigError(
             f"register: it is not known at which address and port this process is reached (it listens at {listen or 'nothing'!r}).",
             hint="Write `address` under `register`, or `listen` with a port.",
         )
-    plain = host.removeprefix("[").removesuffix("]")
+    plain = _host(listen)
     if plain in _EVERYWHERE:
         plain = outward(":" in plain)
     return f"[{plain}]:{port}" if ":" in plain else f"{plain}:{port}"

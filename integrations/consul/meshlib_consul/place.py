@@ -180,8 +180,13 @@ class Reader:
     def end(self) -> None:
         unknown = sorted(map(str, self._settings))
         if unknown:
-            known = ", ".join(sorted(self._known))
-            raise ConfigError(f"{self.where}: unknown settings {', '.join(unknown)}.", hint=f"Known: {known}.")
+            known = sorted(self._known)
+            raise ConfigError(
+                f"{self.where}: unknown settings {', '.join(unknown)}.",
+                hint=f"Known: {', '.join(known)}.",
+                unknown=unknown,
+                known=known,
+            )
 
     def wrong(self, name: str, what: str, hint: str = "") -> ConfigError:
         return ConfigError(f"{self.where}.{name} {what}.", hint=hint)

@@ -91,4 +91,6 @@ def _only_known(service: str, section: str, settings: Mapping[str, Any], known: 
         raise ConfigError(
             f"services.{service}.{section}: etcd knows no settings {', '.join(unknown)}.",
             hint=f"Known: {', '.join(sorted(known))}.",
+            unknown=unknown,
+            known=sorted(known),
         )

@@ -92,7 +92,12 @@ def read_settings(settings: Mapping[str, Any]) -> Settings:
     """The settings of `registries.etcd` in mesh.yaml. Raises ConfigError."""
     unknown = sorted(str(name) for name in settings.keys() - set(KNOWN))
     if unknown:
-        raise ConfigError(f"registries.etcd: unknown settings {', '.join(unknown)}.", hint=f"Known: {', '.join(KNOWN)}.")
+        raise ConfigError(
+            f"registries.etcd: unknown settings {', '.join(unknown)}.",
+            hint=f"Known: {', '.join(KNOWN)}.",
+            unknown=unknown,
+            known=KNOWN,
+        )
     made = Settings(
         urls=_urls(settings),
         prefix=prefix_of(settings.get("prefix", PREFIX)),
