@@ -167,14 +167,19 @@ class Upkeep:
             if not self._leaves:
                 self._leaves = True
                 drain.on_leave(mesh.registrar.leave)
-            instance = instance_of(
-                own.name,
-                self.listen or own.listen or "",
-                address=own.register.address,
-                zone=mesh.config.zone,
-                protocol=own.protocol,
-                settings=own.register.settings,
-            )
+            try:
+                instance = instance_of(
+                    own.name,
+                    self.listen or own.listen or "",
+                    address=own.register.address,
+                    zone=mesh.config.zone,
+                    protocol=own.protocol,
+                    settings=own.register.settings,
+                )
+            except errors.ConfigError as error:
+                # What the configuration alone can't say: the port, or a way out of this host, may come about.
+                mesh.registrar.refused(own.register.registry, error)
+                return
             await mesh.registrar.keep(instance, own.register.registry, own.register.settings)
 
     def _tend(self) -> None:

@@ -272,7 +272,7 @@ class Believed:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Something that isn't well about the identity of a process or the services that it calls, and lasts.
+    """Something that isn't well about the identity of a process, the services that it calls or its entry in a registry, and lasts.
 
     `about`: a trust domain, a service, or nothing.
     """

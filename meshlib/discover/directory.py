@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meshlib.config.plugin import note, noting
+from meshlib.config.text import Text
 from meshlib.errors import ConfigError, Problem
 from meshlib.keeper import Job, Keeper, apart
 
@@ -35,6 +37,7 @@ from .file import FileResolver
 from .follow import follow
 from .hold import SECONDS
 from .pace import Delays
+from .registration import judge
 from .registries import Opened, Registries
 from .registry import open_registry
 from .resolver import Change, EndpointAddress, Immediate, Snapshot, StaticResolver, Watching, from_settings
@@ -95,16 +98,19 @@ class Directory:
         self.prepare(config)()
 
     def prepare(self, config: Config) -> Callable[[], None]:
-        """The part of `follow` that can fail: reads what must be read. Call what it returns to go through with it."""
+        """The part of `follow` that can fail: reads what must be read, and has the own service's entry made once, without entering it.
+
+        Call what it returns to go through with it.
+        """
         entries: dict[str, Entry] = {}
         fresh: dict[str, Entry] = {}
-        problems: list[Problem] = []
+        notes = Text(config.label, lines=config.places.lines)
         opened: dict[str, Opened] = {}
         for name in dict.fromkeys(_registries_of(config)):
             try:
                 opened |= self.registries.prepare([name], config.registries)
             except ConfigError as error:
-                problems.extend(_problems(config.file, f"registries.{name}", error))
+                note(notes, ("registries", name), error)
         for name, policy in config.services.items():
             if policy.discover is None:
                 continue
@@ -119,9 +125,13 @@ class Directory:
             try:
                 entries[name] = fresh[name] = self._entry(config, policy, registry, settings)
             except ConfigError as error:
-                problems.extend(_problems(config.file, f"services.{name}", error))
+                note(notes, ("services", name, "discover"), error)
+        own = config.own
+        if own.register is not None and own.register.registry in opened:
+            with noting(notes, ("services", own.name, "register")):
+                judge(opened[own.register.registry].registry, own, config.zone)
         self._is_dev = config.is_dev
-        answers = self._read(fresh, problems)
+        answers = self._read(fresh, notes.problems)
 
         def apply() -> None:
             with self._lock:
@@ -458,7 +468,7 @@ class Directory:
                 if self._is_dev:
                     _only_loopback(name, answers[name].endpoints)
             except ConfigError as error:
-                problems.extend(_problems(entry.source, f"services.{name}", error))
+                problems += error.problems or [Problem(entry.source, 1, f"services.{name}", error.message, error.hint)]
             except OSError as error:
                 entry.failed(error)
         if problems:
@@ -519,10 +529,6 @@ def _cancel(entry: Entry) -> None:
 
 def _is_remote(entry: Entry) -> bool:
     return not isinstance(entry.resolver, Immediate)
-
-
-def _problems(file: object, key: str, error: ConfigError) -> list[Problem]:
-    return list(error.problems) or [Problem(str(file), 1, key, error.message, error.hint)]
 
 
 def _only_loopback(name: str, endpoints: Sequence[EndpointAddress]) -> None:

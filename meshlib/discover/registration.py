@@ -2,9 +2,9 @@
 
 While it serves, its entry in a registry is kept by a task on the keeper's loop; when it begins to end, the entry is taken out before the
 listeners close, so that callers go elsewhere while whoever comes is still served. The registry's package knows how an entry is made and
-kept alive; here is decided when, under which address, and after how long again when that failed (`pace.py`, as for watches; and not
-before a watch of the same process is due for its next try, where none of them lives). A process that dies leaves its entry to the
-registry's own time limit.
+kept alive, and judges what is written for it before a configuration comes into force (`judge`); here is decided when it is entered,
+under which address, and after how long again when that failed (`pace.py`, as for watches; and not before a watch of the same process is
+due for its next try, where none of them lives). A process that dies leaves its entry to the registry's own time limit.
 
 Who leaves has the last word: what waited for the registry meanwhile, or is said while the entry is taken out, enters nothing; whoever
 begins anew says so after that.
@@ -25,7 +25,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from meshlib.errors import ConfigError
 from meshlib.keeper import Keeper
@@ -34,20 +34,28 @@ from .pace import LEAST, Delays
 from .registries import Registries
 from .registry import Instance, Registration, Registry
 
+if TYPE_CHECKING:
+    from meshlib.config.policy import ServicePolicy
+
 logger = logging.getLogger("meshlib.discover")
 
 # Seconds that taking the entry out may take: the drain waits no longer for anybody.
 LEAVE: Final = 5.0
 
-# Seconds after which an entry that is kept without an error counts as made: longer than a try that comes to nothing.
+# Seconds after which an entry that is kept without an error counts as made, where its package doesn't tell.
 SETTLED: Final = 10.0
+# Seconds between two looks at what its package tells.
+LOOK: Final = 0.1
 
 _EVERYWHERE: Final = ("", "0.0.0.0", "::", "*")
 _ANY: Final = "192.0.2.1:1"
 
 
 class Registrar:
-    """The entry of this process. State of the Service that we are."""
+    """The entry of this process. State of the Service that we are.
+
+    `error` is why it isn't as it should be, "" while it is; `failures` are counted over its life.
+    """
 
     def __init__(
         self,
@@ -70,6 +78,10 @@ class Registrar:
         self._leaving = 0
         self.failures = 0
         self.error = ""
+        self.place = ""  # the registry
+        self._since = 0.0  # when the error began
+        self._is_settled = False
+        self._is_refused = False
         keeper.on_fork(self._after_fork)
 
     @property
@@ -77,21 +89,67 @@ class Registrar:
         """What is entered, or is tried to be."""
         return None if self._wanted is None else self._wanted[0]
 
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody wants it to be entered."""
+        return self._wanted is not None or bool(self.error)
+
+    @property
+    def is_entered(self) -> bool:
+        """The entry stands, by all that its package says."""
+        told = getattr(self._registration, "is_entered", None)
+        return self._is_settled if told is None else bool(told)
+
+    @property
+    def fault(self) -> str:
+        """What somebody should look at, in words; "" for nothing."""
+        if not self.error:
+            return ""
+        state = (
+            f"its entry in {self.place} can't be made anew and the old one stays"
+            if self.is_entered
+            else f"this process is not entered in {self.place} and may not be found"
+        )
+        return f"{state}, for {self._clock() - self._since:.0f} s: {self.error}"
+
     async def keep(self, instance: Instance, registry: str, settings: Mapping[str, Any]) -> None:
-        """From now on this one, in the registry as it is open now; harmless to say again. On the keeper's loop."""
+        """From now on this one, in the registry as it is open now; harmless to say again. On the keeper's loop.
+
+        An entry that is there goes only when the registry's package takes the one in its place.
+        """
         wanted = instance, registry, dict(settings)
         is_running = self._task is not None and not self._task.done() and self._task.get_loop() is asyncio.get_running_loop()
         # Closed by a reload that changed its settings, it would go on by itself: with those of before, and perhaps elsewhere.
         is_current = self._wanted == wanted and (self._registry is None or self._registries.is_open(self._registry))
-        if self._leaving or (is_current and is_running):
+        if self._leaving:
             return
+        if is_current and is_running:
+            if self._is_refused:  # what was refused meanwhile is not wanted any more
+                self._well(registry)
+            return
+        opened = self._registries.find(registry)
+        if opened is None:  # a reload is half through: this is said again within a second
+            return
+        made = self._registration
+        if not is_current or made is None:
+            try:
+                made = opened.registry.register(instance, for_package(settings))
+            except Exception as error:
+                self.refused(registry, error)
+                return
         self._turn = mine = self._turn + 1
         if not is_current:
             await self._take_out()
             if mine != self._turn:
                 return
-        self._wanted = wanted
+        self._wanted, self._registration, self._registry = wanted, made, opened.registry
+        self._is_refused = False
         self._task = asyncio.get_running_loop().create_task(self._keep(*wanted), name="meshlib-discover: registration")
+
+    def refused(self, registry: str, error: Exception) -> None:
+        """An entry could not even be thought of. One that is there stays."""
+        self._is_refused = True
+        self._failed(registry, error, is_out=False)
 
     async def leave(self) -> None:
         """Take the entry out, within `LEAVE` seconds. Harmless if there is none. On the keeper's loop."""
@@ -101,9 +159,11 @@ class Registrar:
             await self._take_out()
         finally:
             self._leaving -= 1
+            self.error, self._is_refused = "", False
 
     async def _take_out(self) -> None:
         self._wanted = None
+        self._is_settled = False
         task, self._task = self._task, None
         registration, self._registration = self._registration, None
         registry, self._registry = self._registry, None
@@ -137,13 +197,13 @@ class Registrar:
                 begun = self._clock()
                 if self._registration is None or self._registry is not opened.registry:
                     self._registration, self._registry = None, opened.registry
-                    self._registration = opened.registry.register(instance, settings)
-                settled = asyncio.get_running_loop().call_later(SETTLED, self._well, name)
+                    self._registration = opened.registry.register(instance, for_package(settings))
+                settling = asyncio.get_running_loop().create_task(self._settle(name, self._registration))
                 try:
                     # The same again after an error: it knows what is left of its entry.
                     await self._registration.keep()
                 finally:
-                    settled.cancel()
+                    settling.cancel()
             except Exception as error:
                 if opened is not None and self._clock() - begun > LEAST:
                     delays.answered()  # it was entered for a while
@@ -152,14 +212,29 @@ class Registrar:
                 self._failed(name, RuntimeError("its package has stopped to keep it"))
             await asyncio.sleep(delays.failed())
 
-    def _failed(self, name: str, error: Exception) -> None:
+    async def _settle(self, name: str, registration: Registration) -> None:
+        """Well, as soon as the package says so; of one that doesn't say, after a while without an error."""
+        if getattr(registration, "is_entered", None) is None:
+            await asyncio.sleep(SETTLED)
+        while getattr(registration, "is_entered", True) is False:  # noqa: ASYNC110  another package's attribute
+            await asyncio.sleep(LOOK)
+        self._is_settled = True
+        self._well(name)
+
+    def _failed(self, name: str, error: Exception, *, is_out: bool = True) -> None:
         self.failures += 1
+        self.place = name
+        if is_out:
+            self._is_settled = False
+        if not self.error:
+            self._since = self._clock()
         text = str(error) or type(error).__name__
         if text != self.error:
             self.error = text
             logger.warning("this process can't be entered in %s, and may not be found until it is: %s", name, text)
 
     def _well(self, name: str) -> None:
+        self.place, self._is_refused = name, False
         if self.error:
             self.error = ""
             logger.info("this process is entered in %s again", name)
@@ -167,6 +242,7 @@ class Registrar:
     def _after_fork(self) -> None:
         # The parent's entry is the parent's.
         self._task = self._registration = self._registry = self._wanted = None
+        self._is_settled, self._is_refused, self.error, self.failures = False, False, "", 0
         self._turn, self._leaving = self._turn + 1, 0
 
 
@@ -217,6 +293,20 @@ def foreseen(service: str, listen: str, *, address: str = "", **said: Any) -> In
     host, _, port = listen.rpartition(":")
     is_known = bool(host) and port.isascii() and port.isdigit() and int(port) > 0
     return instance_of(service, listen if is_known else _ANY, address=address, outward=_somewhere, **said)
+
+
+def judge(registry: Registry, own: ServicePolicy, zone: str) -> None:
+    """Have the entry of a service made and thrown away: nothing is entered. Raises what its registry's package raises."""
+    if own.register is not None:
+        instance = foreseen(
+            own.name,
+            own.listen or "",
+            address=own.register.address,
+            zone=zone,
+            protocol=own.protocol,
+            settings=own.register.settings,
+        )
+        registry.register(instance, for_package(own.register.settings))
 
 
 def for_package(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,11 @@ class Instance:
 
 
 class Registration(Protocol):
-    """An entry that lives as long as somebody keeps it."""
+    """An entry that lives as long as somebody keeps it.
+
+    One that has an attribute `is_entered` tells by it whether the entry stands just now. Others are believed after ten seconds without an
+    error.
+    """
 
     async def keep(self) -> None:
         """Enter, keep the entry alive, and enter again when it was lost. It doesn't come back; it raises when it can't go on, and is
@@ -59,7 +63,10 @@ class Registry(Protocol):
         ...
 
     def register(self, instance: Instance, settings: Mapping[str, Any]) -> Registration:
-        """An entry for this process, not made yet. `settings` are those of its `register`. Raises ConfigError for wrong ones."""
+        """An entry for this process, not made yet. `settings` are those of its `register`. Raises ConfigError for wrong ones.
+
+        It opens no connection: settings are judged by it, at each configuration that is to come into force.
+        """
         ...
 
     async def close(self) -> None:

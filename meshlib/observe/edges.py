@@ -459,11 +459,14 @@ class Watch:
         return [] if keys is None else [_keys_row(row) for row in keys.stats()]
 
     def _alarms(self, now: float) -> list[dict[str, str]]:
-        """What isn't well and lasts: about the identity, and about services that this process calls."""
+        """What isn't well and lasts: about the identity, the services that this process calls, and whether others find it."""
         identity = self._mesh.identity
         standing = () if identity is None else identity.alarms
         told = [(alarm.kind, alarm.about, alarm.message) for alarm in standing]
         told += [("discovery", service, fault) for service, fault in self._mesh.directory.faults(now).items()]
+        registrar = getattr(self._mesh, "registrar", None)
+        if registrar is not None and registrar.fault:
+            told.append(("registration", self._mesh.config.service, registrar.fault))
         return [{"kind": kind, "about": shown(about), "message": shown(message)} for kind, about, message in told]
 
 

@@ -53,6 +53,13 @@ DISCOVER_CACHE_FAILURES = Metric(
 )
 DISCOVER_HELD = Metric("meshlib_discover_held", "gauge", "1 while an answer that takes away too much is held back.", _WHERE)
 DISCOVER_HOLDS = Metric("meshlib_discover_holds_total", "counter", "Answers that were held back.", _WHERE)
+_ENTRY = ("service", "registry")
+DISCOVER_REGISTERED = Metric(
+    "meshlib_discover_registered", "gauge", "1 while this process, which serves, is entered in its registry.", _ENTRY
+)
+DISCOVER_REGISTRATION_FAILURES = Metric(
+    "meshlib_discover_registration_failures_total", "counter", "Times that this process could not be entered.", _ENTRY
+)
 
 # ---------------------------------------------------------------------- out: calls, by service
 

@@ -240,6 +240,7 @@ class Observer:
             gate=mesh.gate.stats(),
             house=mesh.gate.load(),
             discover=mesh.directory.stats(now),
+            registered=_registered(mesh),
             jobs=[(job.name, job.runs, job.failures) for job in mesh.keeper.jobs],
             identity=known,
             egress=egress,
@@ -266,6 +267,19 @@ class Observer:
             templates={route.name: _template(route.match.path) for route in config.own.routes},
             scheme={"enforce": "https", "observe": "http"}.get(config.own.mode, ""),
         )
+
+
+def _registered(mesh: Mesh) -> dict[str, Any] | None:
+    """Whether this process is in its registry; None as long as it doesn't serve."""
+    registrar, register = getattr(mesh, "registrar", None), mesh.config.own.register
+    if registrar is None or register is None or not registrar.is_wanted:
+        return None
+    return {
+        "service": mesh.config.service,
+        "registry": register.registry,
+        "is_entered": registrar.is_entered,
+        "failures": registrar.failures,
+    }
 
 
 def _template(path: Any) -> str:

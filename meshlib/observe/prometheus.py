@@ -30,6 +30,7 @@ class Readings:
     gate: Sequence[Row] = ()
     house: Row | None = None  # of what comes in: limit, waiting
     discover: Sequence[Row] = ()
+    registered: Row | None = None  # service, registry, is_entered, failures; None where nobody wants to be entered
     jobs: Sequence[tuple[str, int, int]] = ()  # name, runs, failures
     identity: Row | None = None  # rotations, failures, not_after, spent
     tls: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # of each side what TLS counted
@@ -66,6 +67,7 @@ def render(readings: Readings, *, is_openmetrics: bool = False) -> str:
     _pools(text, readings.pools)
     _agent(text, readings)
     _discover(text, readings.discover)
+    _registered(text, readings.registered)
     _calls(text, readings)
     _limits(text, [row for row in readings.engine if not row["endpoint"] and _is_called(row)])
     _rates(text, readings.rates)
@@ -161,6 +163,13 @@ def _discover(text: Text, rows: Sequence[Row]) -> None:
         (names.DISCOVER_CACHE_FAILURES, "cache_failures"),
     ):
         text.add(metric, [(at, int(row[key])) for at, row in zip(labels, rows, strict=True)])
+
+
+def _registered(text: Text, row: Row | None) -> None:
+    if row is not None:
+        at = row["service"], row["registry"]
+        text.add(names.DISCOVER_REGISTERED, [(at, int(row["is_entered"]))])
+        text.add(names.DISCOVER_REGISTRATION_FAILURES, [(at, row["failures"])])
 
 
 def _calls(text: Text, readings: Readings) -> None:

@@ -6,21 +6,23 @@ import asyncio
 import logging
 import os
 import random
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meshlib import Mesh
 from meshlib.config import load
-from meshlib.discover import Directory, Registrar, instance_of
+from meshlib.discover import Directory, Instance, Registrar, Registration, instance_of, registration
 from meshlib.discover import pace as pace_module
 from meshlib.discover.registration import advertised, outward_address
 from meshlib.discover.registries import Registries
 from meshlib.errors import ConfigError
 from meshlib.keeper import Keeper
-from tests.discover.memory import System
+from tests.discover.memory import Memory, System
 
 HEAD = """\
 mesh: shop
@@ -30,6 +32,22 @@ registries:
 services:
   orders: {listen: "127.0.0.1:8443", register: {registry: memory, labels: {version: v2}, weight: 3}}
 """
+
+
+class Strict(Memory):
+    """Judges what is written for it."""
+
+    def register(self, instance: Instance, settings: Mapping[str, Any]) -> Registration:
+        if settings.get("ttl") == "1s":
+            raise ConfigError(f"services.{instance.service}.register.ttl must be 2 s at least.")
+        assert not settings.keys() - {"ttl"}
+        return super().register(instance, settings)
+
+
+class StrictSystem(System):
+    def open_one(self, plugin: str, settings: Mapping[str, Any]) -> Memory:
+        self.opened.append(Strict(self, settings))
+        return self.opened[-1]
 
 
 def until(is_it: Callable[[], bool], limit: float = 10.0) -> None:
@@ -42,7 +60,15 @@ def until(is_it: Callable[[], bool], limit: float = 10.0) -> None:
 @pytest.fixture
 def system(monkeypatch: pytest.MonkeyPatch) -> System:
     monkeypatch.setattr(pace_module, "LOST", ((0.0, 0.2), (0.1, 0.2)))
+    monkeypatch.setattr(registration, "SETTLED", 0.3)
     return System()
+
+
+@pytest.fixture
+def strict(system: System, monkeypatch: pytest.MonkeyPatch) -> System:
+    strict = StrictSystem()
+    monkeypatch.setitem(Directory.__init__.__kwdefaults__, "open_one", strict.open_one)  # type: ignore[attr-defined, arg-type]
+    return strict
 
 
 @pytest.fixture
@@ -68,6 +94,22 @@ def registrar_of(keeper: Keeper, system: System, tmp_path: Path) -> Registrar:
     registries = Registries(keeper, random.Random(1), open_one=system.open_one)
     registries.use(registries.prepare(["memory"], load(file, service="orders").registries))
     return Registrar(keeper, registries, source=random.Random(1))
+
+
+def serve(mesh: Mesh) -> object:
+    """Hold on to what it returns, for as long as it is to serve."""
+
+    async def app(scope: object, receive: object, send: object) -> None: ...
+
+    wrapped = mesh.asgi(app)
+    wrapped.way.rise()
+    mesh.start()
+    return wrapped
+
+
+def alarms(mesh: Mesh) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = mesh.watch.status(time.monotonic())["alarms"]
+    return found
 
 
 ORDERS = instance_of("orders", "127.0.0.1:8443")
@@ -171,7 +213,7 @@ def test_end_of_a_mesh_is_not_overtaken_by_its_own_registration(
     mesh: Mesh, system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the entry is taken out, the work that enters it is due several times."""
-    monkeypatch.setattr("meshlib.mesh.LOOK", 0.02)
+    monkeypatch.setattr("meshlib.upkeep.LOOK", 0.02)
 
     async def app(scope: object, receive: object, send: object) -> None: ...
 
@@ -251,6 +293,123 @@ def test_entry_follows_the_settings_of_its_registry(keeper: Keeper, system: Syst
     assert system.instances == {}
 
 
+def test_entry_that_can_not_be_made_stops_the_start_with_all_other_mistakes(strict: System, tmp_path: Path) -> None:
+    """With the line and the key, and together with the endpoints that can't be read: nothing is in force then."""
+    file = tmp_path / "mesh.yaml"
+    (tmp_path / "list.yaml").write_text("{}")
+    file.write_text(HEAD.replace("weight: 3", "weight: 3,\n    ttl: 1s") + "  stock: {discover: {file: list.yaml}}\n")
+    with pytest.raises(ConfigError) as caught:
+        Mesh(load(file, service="orders"))
+    assert [(Path(each.file).name, each.line, each.key) for each in caught.value.problems] == [
+        ("mesh.yaml", 7, "services.orders.register.ttl"),
+        ("list.yaml", 1, "(file)"),
+    ]
+    assert (strict.instances, strict.tries) == ({}, [])
+
+
+def test_reload_that_its_registry_refuses_leaves_the_entry(strict: System, tmp_path: Path) -> None:
+    """What can't be used changes nothing: the old entry stays, whoever looks finds it, and the mistake is raised."""
+    file = tmp_path / "mesh.yaml"
+    file.write_text(HEAD)
+    mesh = Mesh(load(file, service="orders"))
+    served = serve(mesh)
+    try:
+        until(lambda: len(strict.instances) == 1)
+        before, tries = dict(strict.instances), len(strict.tries)
+        file.write_text(HEAD.replace("3}", "3, ttl: 1s}"))
+        with pytest.raises(ConfigError, match=r"mesh.yaml:6: services.orders.register.ttl: must be 2 s at least"):
+            mesh.reload()
+        time.sleep(1.5)
+        assert (strict.instances, len(strict.tries), mesh.registrar.fault) == (before, tries, "")
+    finally:
+        mesh.close()
+        del served
+
+
+def test_old_entry_goes_only_when_the_new_one_can_be_made(keeper: Keeper, strict: System, tmp_path: Path) -> None:
+    """Where it turns out later that it can't: the old one stays, that is told, and over when nobody wants the new one any more."""
+    system = strict
+    registrar = registrar_of(keeper, system, tmp_path)
+    keeper.run(registrar.keep(ORDERS, "memory", {})).result(5)
+    until(lambda: registrar.is_entered)
+    for _ in range(2):
+        keeper.run(registrar.keep(ORDERS, "memory", {"ttl": "1s"})).result(5)
+    assert (system.instances, registrar.is_entered, registrar.failures) == ({ORDERS.id: ORDERS}, True, 2)
+    assert "can't be made anew and the old one stays" in registrar.fault
+    keeper.run(registrar.keep(ORDERS, "memory", {})).result(5)
+    assert (system.instances, registrar.fault, len(system.tries)) == ({ORDERS.id: ORDERS}, "", 1)
+    keeper.run(registrar.leave()).result(5)
+    assert not registrar.is_wanted
+
+
+def test_process_that_is_not_entered_is_an_alarm_and_a_number(mesh: Mesh, system: System) -> None:
+    """Since when, and why, for as long as it lasts; a process that doesn't serve is missed by nobody."""
+    gauge = 'meshlib_discover_registered{service="orders",registry="memory"} '
+    assert gauge not in mesh.metrics()
+    system.down()
+    served = serve(mesh)
+    until(lambda: mesh.registrar.failures > 1)
+    (alarm,) = alarms(mesh)
+    assert (alarm["kind"], alarm["about"]) == ("registration", "orders")
+    assert "not entered in memory" in alarm["message"]
+    assert "for 0 s: the registry is down" in alarm["message"]
+    assert gauge + "0" in mesh.metrics()
+    failures = [line for line in mesh.metrics().splitlines() if line.startswith("meshlib_discover_registration_failures_total{")]
+    assert int(failures[0].rpartition(" ")[2]) > 1
+    system.down(False)
+    until(lambda: not mesh.registrar.fault)
+    assert (alarms(mesh), gauge + "1" in mesh.metrics()) == ([], True)
+    mesh.close()
+    del served
+    assert gauge not in mesh.metrics()
+
+
+def test_entry_stands_when_its_package_says_so(keeper: Keeper, system: System, tmp_path: Path) -> None:
+    """Not because a question has hung for long: only of a package that doesn't say, quiet is believed."""
+    registrar = registrar_of(keeper, system, tmp_path)
+    is_there = threading.Event()
+
+    class Hanging:
+        @property
+        def is_entered(self) -> bool:
+            return is_there.is_set()
+
+        async def keep(self) -> None:
+            await asyncio.sleep(3600)
+
+        async def leave(self) -> None: ...
+
+    opened = registrar._registries.find("memory")
+    assert opened is not None
+    opened.registry.register = lambda instance, settings: Hanging()  # type: ignore[method-assign]
+    keeper.run(registrar.keep(ORDERS, "memory", {})).result(5)
+    registrar.error = "it was away"
+    time.sleep(0.5)
+    assert (registrar.is_entered, registrar.error) == (False, "it was away")
+    is_there.set()
+    until(lambda: not registrar.error)
+    assert registrar.is_entered
+    keeper.run(registrar.leave()).result(5)
+
+
+def test_address_that_is_not_known_yet_stops_no_start(strict: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its port comes with the listener, and a way out of this host may come later: until then it is an alarm."""
+    file = tmp_path / "mesh.yaml"
+    file.write_text(HEAD.replace("127.0.0.1:8443", "127.0.0.1:0"))
+    mesh = Mesh(load(file, service="orders"))
+    served = serve(mesh)
+    try:
+        until(lambda: bool(mesh.registrar.fault))
+        assert [alarm["kind"] for alarm in alarms(mesh)] == ["registration"]
+        assert "at which address and port" in alarms(mesh)[0]["message"]
+        mesh._upkeep.listen = "127.0.0.1:7001"
+        until(lambda: mesh.registrar.is_entered)
+        assert ([instance.address for instance in strict.instances.values()], alarms(mesh)) == (["127.0.0.1:7001"], [])
+    finally:
+        mesh.close()
+        del served
+
+
 def test_address_is_one_that_others_can_reach() -> None:
     """Where it listens everywhere, that of the host; as it is written, otherwise."""
     assert advertised("0.0.0.0:80", lambda is_v6: "10.1.2.3") == "10.1.2.3:80"
@@ -260,6 +419,8 @@ def test_address_is_one_that_others_can_reach() -> None:
     first, again = (instance_of("orders", "10.0.0.1:80").id for _ in range(2))
     assert first == again
     assert first.startswith(f"orders-10.0.0.1:80-{os.getpid()}-")
+    with pytest.raises(ConfigError, match="services.orders.register.address can't be"):
+        instance_of("orders", "127.0.0.1:80", address="[::]:80")
     for listen in ("", "0.0.0.0:0", "nonsense"):
         with pytest.raises(ConfigError, match="register"):
             advertised(listen, outward_address)

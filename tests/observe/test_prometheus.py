@@ -87,6 +87,7 @@ FULL = Readings(
         {"service": "orders", "source": "dns", "endpoints": 2, "age": 7.5, "failures": 1, "is_held": True, "held": 3, **TOLD},
         {"service": "stock", "source": "file", "endpoints": 0, "age": None, "failures": 9, "is_held": False, "held": 0, **TOLD},
     ],
+    registered={"service": "storefront", "registry": "etcd", "is_entered": True, "failures": 6},
     jobs=[("reload", 5, 1), ("rotate", 7, 0), ("reload", 2, 2)],
     identity={"rotations": 2, "failures": 1, "not_after": 1_800_000_000.5, "spent": 0.25},
     tls={
@@ -344,6 +345,16 @@ def test_discovery_tells_age_and_what_is_held_back() -> None:
     assert value(text, "meshlib_discover_changes_total", service="orders", source="dns") == 5
     assert value(text, "meshlib_discover_kept", service="orders", source="dns") == 1
     assert value(text, "meshlib_discover_cache_failures_total", service="orders", source="dns") == 2
+
+
+def test_process_that_serves_tells_whether_it_is_in_its_registry() -> None:
+    """One that isn't to be there has no series: a 0 is always a fault."""
+    entry = {"service": "storefront", "registry": "etcd"}
+    assert value(render(FULL), "meshlib_discover_registered", **entry) == 1
+    assert value(render(FULL), "meshlib_discover_registration_failures_total", **entry) == 6
+    out = render(Readings(registered={**entry, "is_entered": False, "failures": 1}))
+    assert value(out, "meshlib_discover_registered", **entry) == 0
+    assert "meshlib_discover_regist" not in render(Readings())
 
 
 def test_process_tells_identity_jobs_reloads_and_egress() -> None:

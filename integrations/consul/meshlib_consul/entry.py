@@ -122,7 +122,7 @@ def terms_of(instance: Instance, settings: Mapping[str, Any]) -> Terms:
 
 
 class ConsulEntry:
-    """A `Registration`. State of the process: what the agent was told of it."""
+    """A `Registration`. State of the process: what the agent was told of it. `is_entered`: the agent has it, as far as is known."""
 
     def __init__(self, wire: Wire, instance: Instance, terms: Terms, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._wire = wire
@@ -132,6 +132,7 @@ class ConsulEntry:
         self._clock = clock
         # The registration under way: who leaves must not be overtaken by it.
         self._entering: asyncio.Task[None] | None = None
+        self.is_entered = False
 
     def __repr__(self) -> str:
         return f"<ConsulEntry {self._id} of {self._terms.name}>"
@@ -144,7 +145,12 @@ class ConsulEntry:
         while True:
             self._entering = asyncio.ensure_future(self._enter())
             await asyncio.shield(self._entering)
-            if not await self._stay():
+            self.is_entered = True
+            try:
+                is_known = await self._stay()
+            finally:
+                self.is_entered = False
+            if not is_known:
                 raise ConsulError(
                     f"{self._wire.place.name} has taken the entry {self._id}, and doesn't know it a moment later.",
                     hint="Ask the agent of this machine itself: behind a balancer of several agents, each knows its own entries.",

@@ -246,6 +246,18 @@ async def test_who_leaves_is_not_overtaken_by_its_own_registration(standin: Stan
     assert [path for _, path, _, _ in standin.standin.requests][-1] == "/v1/agent/service/deregister/orders-1"
 
 
+async def test_entry_tells_whether_it_stands(standin: StandInAgent, registry: ConsulRegistry) -> None:
+    """From the agent's answer until nobody keeps it any more."""
+    entry = registry.register(INSTANCE, {})
+    assert not entry.is_entered
+    task = asyncio.ensure_future(entry.keep())
+    await until(lambda: entry.is_entered)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert not entry.is_entered
+
+
 async def test_a_token_that_may_not_register_is_an_error(standin: StandInAgent, registry: ConsulRegistry) -> None:
     """It says which right is missing, as Consul does."""
     standin.standin.token = "right"

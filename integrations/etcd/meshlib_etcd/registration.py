@@ -26,7 +26,7 @@ TTL: Final = 10.0
 
 
 class EtcdRegistration:
-    """The key of one instance."""
+    """The key of one instance. `is_entered`: it is in etcd, as far as is known."""
 
     def __init__(self, client: Client, key: bytes, value: bytes, *, ttl: float = TTL) -> None:
         self._client = client
@@ -34,12 +34,19 @@ class EtcdRegistration:
         self._value = value
         self._ttl = ttl
         self._lease = 0
+        self.is_entered = False
 
     def __repr__(self) -> str:
         return f"<EtcdRegistration {self._key.decode()}>"
 
     async def keep(self) -> None:
         """Enter, keep alive, enter again. Doesn't come back; raises EtcdError."""
+        try:
+            await self._keep()
+        finally:
+            self.is_entered = False
+
+    async def _keep(self) -> None:
         clock = asyncio.get_running_loop().time
         given, ends = self._ttl, clock()  # until when we are in etcd, whatever becomes of our questions
         while True:
@@ -53,6 +60,7 @@ class EtcdRegistration:
                 await asyncio.sleep(pause_within(left, given))
                 continue
             ends = asked + given
+            self.is_entered = True
             await asyncio.sleep(given / 3)
 
     async def _confirm(self) -> float:

@@ -13,6 +13,7 @@ from typing import cast
 
 import pytest
 from meshlib_etcd import EtcdError
+from meshlib_etcd.client import Client
 from meshlib_etcd.messages import UNAVAILABLE, Entry, Page
 from meshlib_etcd.registration import EtcdRegistration
 
@@ -106,3 +107,20 @@ def test_outage_is_raised_when_the_lease_is_over_and_asked_about_with_patience()
     assert all(each[0] > of.ends for of, each in zip(leases, raised, strict=True))
     times = sorted(time for each in leases for time in each.asked if time >= 20.0)
     assert max(sum(begin <= time < begin + 1.0 for time in times) for begin in times) < 120
+
+
+def test_entry_tells_whether_it_stands() -> None:
+    """From the answer that it is in etcd until its lease is over, also while questions are lost; not while nobody has answered yet."""
+    leases = Leases(lambda now: now < 3.0 or 40.0 < now < 100.0)
+    registration = EtcdRegistration(cast(Client, leases), b"key", b"value")
+    seen: list[bool] = []
+
+    async def look() -> None:
+        keeping = asyncio.create_task(kept(registration, 0.0))
+        for at in (2.0, 35.0, 43.0, 60.0, 115.0):
+            await asyncio.sleep(at - asyncio.get_running_loop().time())
+            seen.append(registration.is_entered)
+        keeping.cancel()
+
+    run_virtually(look)
+    assert seen == [False, True, True, False, True]
