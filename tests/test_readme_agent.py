@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,39 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+# What is said of each server: its words for a socket that the agent may connect to, and for a group's; and its mode without them.
+SERVERS = {
+    "hypercorn": ("--bind unix:PATH app:app", "--umask 0", "--umask 7", 0o755),
+    "granian": ("--interface asgi --uds PATH app:app", "--uds-permissions 0666", "--uds-permissions 0660", 0o755),
+    "waitress-serve": ("--unix-socket=PATH app:wsgi", "--unix-socket-perms=666", "--unix-socket-perms=660", 0o600),
+}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_server_opens_its_socket_for_the_agent_as_the_readme_says(tmp_path: Path, server: str) -> None:
+    """By words that both texts have; without them it is as the table of the units' says."""
+    rest, everybody, group, plain = SERVERS[server]
+    assert f"{server} {everybody}" in Path("README.md").read_text()
+    table = Path("integrations/systemd/README.md").read_text()
+    assert f"| {plain:04o} | `{server} {everybody}` | `{server} {group}` |" in table
+    program = Path(sys.executable).with_name(server)
+    if not program.exists():
+        pytest.skip(f"{server} is not installed")
+    (tmp_path / "app.py").write_text("async def app(scope, receive, send): ...\ndef wsgi(environ, start_response): ...\n")
+    path = tmp_path / "app.sock"
+    for words, mode in (("", plain), (everybody, 0o666), (group, 0o660)):
+        with process(str(program), *words.split(), *rest.replace("PATH", str(path)).split(), cwd=tmp_path) as served:
+            end = time.monotonic() + 20
+            with socket.socket(socket.AF_UNIX) as plug:
+                while plug.connect_ex(str(path)):
+                    assert served.poll() is None, served.stdout.read() if served.stdout else ""
+                    assert time.monotonic() < end
+                    time.sleep(0.05)
+            found = path.stat().st_mode & 0o777
+            assert found & 0o666 == mode & 0o666
+        path.unlink(missing_ok=True)
 
 
 @pytest.mark.timeout(120)

@@ -9,6 +9,7 @@ each connection to the data socket that was attested, with the identities of its
     one of its entries is gone  the proxy ends its callers' connections: who comes again is looked for in the entries anew
 
 Nothing listens for a service before there is an identity to show. An address that can't be had is tried again at every look, and told.
+So is an application that can't be reached (`reach.py`), with a line in the log at most once in `QUIET` seconds.
 
 For each identity there is a secret by which its service knows that a call was handed over by this agent: HMAC-SHA256 of the SPIFFE ID
 with a key of this node, which is made once and kept in `handover.key`. Where the state folder can't be written, the key lives as long
@@ -22,7 +23,8 @@ import hmac
 import logging
 import secrets
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -31,6 +33,7 @@ from ..config.values import split_address
 from ..errors import KeyFileError, ListenError, MeshError
 from ..secure import files
 from ..secure.identity import Identity
+from .reach import trouble_with
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -43,7 +46,11 @@ log = logging.getLogger("meshlib.agent")
 KEY_NAME: Final = "handover.key"
 KEY_BYTES: Final = 32
 BACKLOG: Final = 1024
+# Seconds between two lines about the way to one application: a server that comes and goes must not fill the log.
+QUIET: Final = 10.0
 
+# How an attempt at an application fails of which nothing was written, in the proxy's words.
+_UNREACHED: Final = ("connect", "connect_timeout")
 
 # What the proxy raises: what it refuses, and what the system does.
 _Refusal = (MeshError, OSError, ValueError, RuntimeError)
@@ -118,7 +125,8 @@ class _Door:
     """An address at which the proxy ends TLS for a service. `terms` are what the proxy was told, None while it listens for nobody.
 
     `owners` are the users whose process may listen at `to`: those of the service's entries, and root, whose servers drop their rights
-    after they have bound.
+    after they have bound. `trouble` is why it doesn't listen, `barred` why the application can't be reached, `missed` the proxy's count of
+    the times that it couldn't; `said` what the log was told of that last, and when.
     """
 
     name: str
@@ -130,16 +138,27 @@ class _Door:
     sock: socket.socket | None = None
     terms: tuple[str, str, str, tuple[int, ...]] | None = None
     trouble: str = ""
+    barred: str = ""
+    missed: int = 0
+    said: tuple[str, float] = ("", float("-inf"))
 
 
 class DataPlane:
     """State of the agent: what the proxy was told. All of it runs on the agent's loop."""
 
-    def __init__(self, proxy: Proxy, issuer: Issuer, entries: Entries, handover: Handover) -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        issuer: Issuer,
+        entries: Entries,
+        handover: Handover,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.proxy = proxy
         self._issuer = issuer
         self._entries = entries
         self._handover = handover
+        self._clock = clock
         self._told: dict[str, Identity] = {}
         self._doors: dict[str, _Door] = {}
         self._is_draining = False
@@ -181,6 +200,7 @@ class DataPlane:
         for door in self._doors.values():
             if door.spiffe_id in self._told:
                 self._open(door)
+        self._try_ways()
 
     def drain(self) -> None:
         """No new connections; whoever has one is told that it is the last answer."""
@@ -218,7 +238,7 @@ class DataPlane:
     @property
     def alarms(self) -> list[tuple[str, str]]:
         found = [("", self._handover.trouble)] if self._handover.trouble else []
-        found += [(door.name, door.trouble) for door in self._doors.values() if door.trouble]
+        found += [(door.name, what) for door in self._doors.values() for what in (door.trouble, door.barred) if what]
         return found + list(self._refused.items())
 
     def rows(self) -> list[dict[str, Any]]:
@@ -229,7 +249,7 @@ class DataPlane:
                 "address": door.address,
                 "mode": door.mode,
                 "is_open": door.terms is not None,
-                "error": door.trouble,
+                "error": door.trouble or door.barred,
             }
             for door in self._doors.values()
         ]
@@ -267,6 +287,31 @@ class DataPlane:
             return
         door.terms, door.trouble = terms, ""
         log.info("%s: TLS ends here at %s (%s), and goes on to %s", door.name, door.address, door.mode, door.to)
+
+    def _try_ways(self) -> None:
+        """Whether the applications behind the open doors can be reached; asked anew where a call has failed to, until it is well."""
+        counts = self.proxy.stats().get("inbound", {})
+        for door in self._doors.values():
+            if door.terms is None:
+                door.barred = ""
+                continue
+            failed = counts.get(door.name, {}).get("failed", {})
+            missed = sum(failed.get(why, 0) for why in _UNREACHED)
+            # A door that was opened anew counts from 0.
+            has_missed, door.missed = missed > 0 and missed != door.missed, missed
+            door.barred = trouble_with(door.to, door.owners, is_asked=has_missed or bool(door.barred))
+            self._say(door)
+
+    def _say(self, door: _Door) -> None:
+        text, when = door.said
+        now = self._clock()
+        if door.barred == text or now - when < QUIET:
+            return
+        door.said = door.barred, now
+        if door.barred:
+            log.error("%s: its application can't be reached: %s", door.name, door.barred)
+        else:
+            log.info("%s: its application can be reached again", door.name)
 
     def _shut(self, door: _Door) -> None:
         if door.terms is not None:

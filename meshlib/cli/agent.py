@@ -206,7 +206,7 @@ def show(told: Mapping[str, Any]) -> None:
         _table(("entry", "service", "identity"), known)
     carried = told.get("connections", {})
     if listeners := carried.get("listeners"):
-        states = [row["error"] or ("open" if row["is_open"] else "waits") for row in listeners]
+        states = [_door_state(row) for row in listeners]
         doors = [(row["service"], row["address"], row["mode"], state) for row, state in zip(listeners, states, strict=True)]
         _table(("service", "listens at", "mode", "state"), doors)
     if connections := carried.get("connections"):
@@ -220,6 +220,13 @@ def _certificate(row: Mapping[str, Any]) -> tuple[str, ...]:
         return (*front, "none", "-", "-", str(row["rotations"]))
     spent = f"{row['spent']:.0%}" + (" (not renewed)" if row["is_overdue"] else "")
     return (*front, str(row["serial"])[:16], duration(row["left"]) if row["left"] > 0 else "ended", spent, str(row["rotations"]))
+
+
+def _door_state(row: Mapping[str, Any]) -> str:
+    if not row["is_open"]:
+        return str(row["error"] or "waits")
+    # Why is said by an alarm.
+    return "open, and no way to its application" if row["error"] else "open"
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,10 @@ from ..errors import ListenError
 BACKLOG: Final = 2048
 # Who may connect to a UNIX socket of ours: our user, our group and root. What a caller may do is not decided by that.
 SHARED: Final = 0o660
+# Where the node agent hands calls over, anybody: to connect is to write, the agent has a user of its own, and no right to the files of
+# others. The border there is the secret of the hand-over (`handed.py`): who comes without it has no identity, as at an open port. The
+# agent's user can't be told beforehand: systemd opens its sockets as root, and either of us may start first.
+HANDED: Final = 0o666
 
 
 class Listeners:
@@ -25,9 +29,9 @@ class Listeners:
 
     __slots__ = ("mesh", "probe", "public")
 
-    def __init__(self, listen: str, public: str | None = None, probe: str | None = None) -> None:
-        """Raises ListenError; then nothing is left open."""
-        self.mesh = bind(listen)
+    def __init__(self, listen: str, public: str | None = None, probe: str | None = None, *, mode: int = SHARED) -> None:
+        """Raises ListenError; then nothing is left open. `mode`: who may connect to `listen`, where that is a UNIX socket."""
+        self.mesh = bind(listen, mode)
         self.public: socket.socket | None = None
         self.probe: socket.socket | None = None
         try:
@@ -71,12 +75,12 @@ def _place(sock: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def bind(address: str) -> socket.socket:
+def bind(address: str, mode: int = SHARED) -> socket.socket:
     """A listening socket at "host:port" or "unix:/path", or the one that was handed over as "fd:3". Raises ListenError with what to do."""
     if address.startswith("fd:"):
         return _inherited(address)
     if address.startswith("unix:"):
-        return _local(address.removeprefix("unix:"))
+        return _local(address.removeprefix("unix:"), mode)
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not port.isdigit() or int(port) > 65535:
@@ -101,8 +105,8 @@ def bind(address: str) -> socket.socket:
     return sock
 
 
-def _local(path: str) -> socket.socket:
-    """A UNIX socket for our own user and group. One that nobody listens on any more is left from an earlier process, and goes."""
+def _local(path: str, mode: int) -> socket.socket:
+    """A UNIX socket with that mode. One that nobody listens on any more is left from an earlier process, and goes."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -111,7 +115,7 @@ def _local(path: str) -> socket.socket:
         sock.close()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind(path)
-        Path(path).chmod(SHARED)
+        Path(path).chmod(mode)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()

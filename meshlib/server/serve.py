@@ -39,7 +39,7 @@ from ..observe.probe import ProbeListener, Pulse
 from .asgi import MeshASGI
 from .door import Door, Inside, door_of, way_into
 from .drain import LAST, Phase, disarm, drain_of, last_resort
-from .listeners import BACKLOG, Listeners, bind
+from .listeners import BACKLOG, HANDED, SHARED, Listeners, bind
 from .wsgi import MeshWSGI
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def serve(
     if is_asgi is None:
         is_asgi = speaks_asgi(app)
     inbound = mesh.config.own.inbound
-    listeners = Listeners(listen or own_address(mesh), inbound.public, inbound.probe)
+    address = listen or own_address(mesh)
+    mode = HANDED if inbound.agent and address == f"unix:{inbound.agent}" else SHARED
+    listeners = Listeners(address, inbound.public, inbound.probe, mode=mode)
     door_of(mesh).is_served = True
     _tell(mesh, listeners, "uvicorn" if is_asgi else "gunicorn", workers)
     door, pulse = door_of(mesh), Pulse()

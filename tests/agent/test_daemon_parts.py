@@ -152,6 +152,39 @@ async def test_an_address_moves_with_the_configuration(world: World) -> None:
     assert world.data.rows()[0]["address"] == f"127.0.0.1:{second}"
 
 
+async def test_an_application_that_comes_and_goes_does_not_fill_the_log(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line within ten seconds; the alarm is always as it is now. It is looked at after a call that failed, until it is well."""
+    port, now, asked = free_port(), 0.0, list[bool]()
+    missed, fault = 0, ""
+    monkeypatch.setattr(world.proxy, "stats", lambda: {"inbound": {"orders": {"failed": {"connect": missed, "tls": 9}}}})
+
+    def trouble_with(path: str, owners: Any, *, is_asked: bool) -> str:
+        asked.append(is_asked)
+        return fault if is_asked else ""
+
+    monkeypatch.setattr("meshlib.agent.data.trouble_with", trouble_with)
+    await world.begin(orders=f', listen: "127.0.0.1:{port}", inbound: {{agent: {world.folder}/app.sock}}')
+    world.data._clock = lambda: now
+    world.data.look()
+    assert asked[-2:] == [False, False]
+    with caplog.at_level(logging.INFO, "meshlib.agent"):
+        for _ in range(40):
+            now += 0.5
+            missed, fault = missed + (not fault), "" if fault else "nobody is there."
+            world.data.look()
+            assert [what for _, what in world.data.alarms] == [fault] * bool(fault)
+            assert asked[-1]
+    told = [line for line in caplog.messages if "its application can" in line]
+    assert told[0] == "orders: its application can't be reached: nobody is there."
+    assert 2 <= len(told) <= 3
+    fault = ""
+    world.data.look()
+    world.data.look()
+    assert not asked[-1]
+
+
 async def test_a_caller_gets_the_identities_of_its_entries(world: World) -> None:
     """Whoever has no entry is closed, without a word."""
     await world.begin("ca: ca", f"[{{service: stock, uid: {US}}}, {{service: orders, uid: {US}}}]")

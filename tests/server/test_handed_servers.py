@@ -41,16 +41,17 @@ GRPC = {"grpc": [PYTHON, "-m", APP, "grpc", "PATH"], "grpc-aio": [PYTHON, "-m", 
 
 
 @contextlib.contextmanager
-def served(folder: Path, command: list[str], port: int = 8443) -> Iterator[Path]:
-    """A server for `me` in mode enforce, whose calls the agent at FOLDER/data.sock hands over."""
+def served(folder: Path, command: list[str], port: int = 8443, path: Path | None = None) -> Iterator[Path]:
+    """A server for `me` in mode enforce, whose calls the agent at FOLDER/data.sock hands over. It listens at `path`."""
     program = command[0] if Path(command[0]).is_absolute() else shutil.which(command[0], path=str(BIN))
     if program is None:
         pytest.skip(f"{command[0]} is not installed")
-    path = folder / "app.sock"
+    handed = folder / "app.sock"
+    path = path or handed
     rules = [{"name": "shop", "from": [SHOP]}]
     file = write_config(
         folder,
-        {"me": {"listen": f"127.0.0.1:{port}", "inbound": {"agent": str(path)}, "secure": {"allow": rules}}, "storefront": {}},
+        {"me": {"listen": f"127.0.0.1:{port}", "inbound": {"agent": str(handed)}, "secure": {"allow": rules}}, "storefront": {}},
         mode="enforce",
         agent={"data": str(folder / "data.sock"), "ca": "ca"},
     )
@@ -129,6 +130,22 @@ def _eventually(ask: Any, seconds: float = 5.0) -> Any:
             if time.monotonic() > end:
                 raise
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize("server", ["meshlib", "meshlib-wsgi", "grpc", "grpc-aio"])
+def test_servers_of_ours_let_the_agents_user_connect(tmp_path: Path, server: str) -> None:
+    """Which has no right to the files of others. The secret keeps the rest out, not the mode of the socket."""
+    identities(tmp_path, "me")
+    with served(tmp_path, {**HTTP, **GRPC}[server]) as path:
+        assert path.stat().st_mode & 0o777 == 0o666
+
+
+def test_another_socket_of_ours_is_for_our_own_user_and_group(tmp_path: Path) -> None:
+    """Nothing is handed over there."""
+    elsewhere = tmp_path / "elsewhere.sock"
+    identities(tmp_path, "me")
+    with served(tmp_path, [*HTTP["meshlib"], "--listen", f"unix:{elsewhere}"], path=elsewhere):
+        assert elsewhere.stat().st_mode & 0o777 == 0o660
 
 
 @needs_proxy

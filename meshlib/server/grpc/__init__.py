@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,6 +29,7 @@ import grpc.aio
 
 from meshlib import errors
 
+from ..listeners import HANDED
 from .handlers import MeshInterceptor, MeshSyncInterceptor
 from .visit import reception_of
 
@@ -56,15 +58,17 @@ def add_port(mesh: Any, server: Any, address: str, *, plain: str | None = None) 
     A port that another gRPC server holds is shared with it, as gRPC does by default: for an error instead, give both servers the
     option ("grpc.so_reuseport", 0). Raises ListenError, IdentityError or ConfigError.
     """
-    mode = mesh.config.own.mode
+    mode, handed = mesh.config.own.mode, mesh.config.own.inbound.agent
     if plain is not None and mode != "permissive":
         raise errors.ConfigError(
             f"a plain gRPC port ({plain}) beside the one with mutual TLS is for mode permissive; this service's mode is {mode}.",
             hint="Leave `plain` out, or set secure.mode: permissive while callers join the mesh.",
         )
-    if mode == "observe" or (address.startswith("unix:") and mesh.config.own.inbound.agent):
+    if mode == "observe" or (address.startswith("unix:") and handed):
         # What the node agent hands over comes in plain, and with its word for who calls.
         port = _listen(server.add_insecure_port, address)
+        if handed and address in {f"unix:{handed}", f"unix://{handed}"}:
+            Path(handed).chmod(HANDED)
     else:
         port = _listen(server.add_secure_port, address, _credentials(mesh))
     if plain is not None:
