@@ -82,7 +82,7 @@ def health(agent: Agent) -> dict[str, Any]:
         "status": "draining" if agent.is_draining else "degraded" if alarms else "ok",
         "pid": os.getpid(),
         "trust_domain": config.trust_domain,
-        "config": str(config.file),
+        "config": agent.source,
         "uptime": time.monotonic() - agent.began,
         "reloads": agent.reloads,
         "reload_failures": agent.reload_failures,

@@ -3,7 +3,7 @@
     check     the configuration, who vouches, the state folder, the rights that the entries need, every socket and address. All that
               is wrong is told at once, and nothing is served
     begin     each identity is asked for once; then the sockets accept, and whoever started us is told so
-    reload    SIGHUP, or the file's text has changed: entries, federation, addresses, admins. What can't be used changes nothing.
+    reload    SIGHUP, or the configuration has changed: entries, federation, addresses, admins. What can't be used changes nothing.
               Sockets, state, workers and who vouches count from the next start, which is said
     end       SIGTERM or SIGINT: nothing new is accepted, streams and connections are told to go elsewhere, what is under way may end
               within `GRACE`; the second signal ends it at once. A socket that systemd has opened stays open: who connects meanwhile
@@ -11,6 +11,10 @@
 
 It starts no process and writes no file but for its state folder and its sockets. Whether the loop still turns is told to systemd's
 watchdog, where there is one.
+
+The configuration may be a file, which is looked at each second, or in a registry (etcd://…), which tells by itself. What was in force
+last is kept beside the process, as the library does, so that the agent starts while the registry is away; over what is in force that
+copy is never taken.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import random
 import resource
 import signal
 import stat
@@ -31,8 +36,11 @@ from typing import Any, Final, TypeVar
 
 from .._native import core
 from ..config import Config, examine, load
+from ..config.source import ConfigSource, is_url, shown
+from ..config.text import parse
 from ..errors import ConfigError, ListenError, MeshError, Problem
 from ..keeper import apart
+from ..reload import RETRY, remember
 from ..secure.ca import RENEWED_LIFE
 from . import attest, report, sockets
 from .acceptor import Acceptor
@@ -62,18 +70,27 @@ _CAP_SYS_PTRACE: Final = 19
 T = TypeVar("T")
 
 
-def configured(file: str | os.PathLike[str] | None = None) -> Config:
-    """The configuration as the agent reads it. Raises ConfigError with every mistake."""
-    examined = examine(file)
+def configured(source: str | os.PathLike[str] | None = None, origin: ConfigSource | None = None) -> Config:
+    """The configuration as the agent reads it, from a file or a URL (which is `origin`, if it is open already).
+
+    Raises ConfigError with every mistake, and MeshError where a registry can't be asked, which passes by itself.
+    """
+    try:
+        examined = examine(source, origin=origin)
+    except ConfigError as error:
+        named = source if source is not None else os.environ.get("MESHLIB_CONFIG")
+        if is_url(named) and isinstance(error.__context__, OSError):
+            raise MeshError(str(error), reason="agent.source") from None
+        raise
     node = examined.document.agent
     if node is None:
         raise ConfigError(
-            f"{examined.file} has no section agent.",
+            f"{shown(examined.url) or examined.file} has no section agent.",
             hint="Write one, such as agent: {ca: ca, entries: [{service: orders, uid: 1001}]}.",
         )
     # The agent is none of the services: it reads what all of them have in common, with the eyes of one.
     service = node.entries[0].service if node.entries else next(iter(examined.services))
-    return load(examined.file, service=service)
+    return load(examined.url or examined.file, service=service, origin=examined.origin)
 
 
 class Agent:
@@ -102,7 +119,7 @@ class Agent:
         self._make_proxy = proxy
         self._say = say
         self._notifier = notifier or Notifier()
-        self._tried = _digest(config.file)
+        self._tried = b"" if config.url else _digest(config.file)
         self._listening: dict[str, sockets.Listening] = {}
         self._signals = 0
         self._told_to_end = asyncio.Event()
@@ -125,9 +142,9 @@ class Agent:
             try:
                 return work(*details)
             except MeshError as error:
-                faults.append(Problem(str(self.config.file), self._line_of(key), key, error.message, error.hint))
+                faults.append(Problem(self.source, self._line_of(key), key, error.message, error.hint))
             except OSError as error:
-                faults.append(Problem(str(self.config.file), self._line_of(key), key, str(error)))
+                faults.append(Problem(self.source, self._line_of(key), key, str(error)))
             return None
 
         who = "agent.ca" if policy.ca is not None else "agent.enrol"
@@ -135,7 +152,8 @@ class Agent:
         if issuer is not None:
             tried(who, issuer.check)
         handover = tried("agent.state", Handover, policy.state)
-        tried("agent.entries", refuse_open, self.config.file)
+        if not self.config.url:  # who may write to a registry is the registry's to say
+            tried("agent.entries", refuse_open, self.config.file)
         tried("agent.entries", refuse_blind, self.config)
         given = tried("LISTEN_FDS", sockets.inherited) or {}
         for name, key, path in (
@@ -163,9 +181,17 @@ class Agent:
         make: Callable[[int], Proxy] = self._make_proxy or core.Proxy
         self.data = DataPlane(make(policy.workers), self.issuer, self.entries, handover)
 
+    @property
+    def source(self) -> str:
+        """The configuration's file or URL, for people."""
+        return shown(self.config.url) if self.config.url else str(self.config.file)
+
     def _line_of(self, key: str) -> int:
+        place = tuple(key.split("."))
+        if self.config.url:
+            return parse(self.config.fresh.decode("utf-8", "replace"), self.source).line_of(place)
         with contextlib.suppress(MeshError):
-            return examine(self.config.file).text.line_of(tuple(key.split(".")))
+            return examine(self.config.file).text.line_of(place)
         return 1
 
     # ------------------------------------------------------------------------------------------------ serve
@@ -175,7 +201,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload(is_asked=True)))
         self._tasks: set[asyncio.Task[Any]] = set()
         api = WorkloadApi(self.entries, self.issuer)
         attestor = attest.Attestor(self.entries.wants_digest)
@@ -198,10 +224,13 @@ class Agent:
             await self._begin()
             await workload.start()
             await data.start()
+            await asyncio.to_thread(remember, self.config)
             for line in report.lines_of(self):
                 self._say(line)
             self._notifier.tell(READY, status=self._status())
             self._spawn(self._look_always())
+            if self.config.origin is not None:
+                self._spawn(self._hear_always(self.config.origin))
             self._spawn(self._live())
             await self._told_to_end.wait()
             return await self._drain(api, workload, data)
@@ -279,25 +308,35 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------------ meanwhile
 
-    async def reload(self) -> bool:
-        """Take over the configuration as it is now; what can't be used changes nothing, and is told."""
+    async def reload(self, *, is_asked: bool = False) -> bool:
+        """Take over the configuration as it is now; what can't be used changes nothing, and is told.
+
+        `is_asked`: by a person, who hears also what the log has said before.
+        """
         async with self._reloading:
             self._notifier.reloading()
-            self._tried = _digest(self.config.file)
+            config = self.config
+            if not config.url:
+                self._tried = _digest(config.file)
             try:
-                fresh = await asyncio.to_thread(configured, self.config.file)
+                fresh = await asyncio.to_thread(configured, config.url or config.file, config.origin)
+                if fresh.url and not fresh.fresh:
+                    # The copy beside us may be older than what is in force.
+                    raise MeshError(f"{self.source} can't be read now.", reason="agent.source")
                 self._adopt(fresh)
             except Exception as error:
                 self.reload_failures += 1
-                self.fault = str(error) or type(error).__name__
+                told, self.fault = self.fault, str(error) or type(error).__name__
                 is_ours = isinstance(error, MeshError)
-                log.error("the configuration can't be used, and the last good one stays: %s", error, exc_info=not is_ours)
+                if is_asked or not is_ours or told != self.fault:
+                    log.error("the configuration can't be used, and the last good one stays: %s", error, exc_info=not is_ours)
                 return False
             finally:
                 self._notifier.tell(READY, status=self._status())
             self.reloads += 1
             self.fault = ""
-            log.info("configuration %s, %d entries", fresh.file, len(fresh.agent.entries) if fresh.agent else 0)
+            log.info("configuration %s, %d entries", self.source, len(fresh.agent.entries) if fresh.agent else 0)
+            await asyncio.to_thread(remember, fresh)
             return True
 
     def _adopt(self, fresh: Config) -> None:
@@ -308,7 +347,8 @@ class Agent:
                 f"the trust domain is another one: {fresh.trust_domain} instead of {self.config.trust_domain}.",
                 hint="Restart the agent: every identity of this node changes with it.",
             )
-        refuse_open(fresh.file)
+        if not fresh.url:
+            refuse_open(fresh.file)
         refuse_blind(fresh)
         self.issuer.follow(fresh)
         self.entries.replace(new.entries)
@@ -328,10 +368,34 @@ class Agent:
             await asyncio.sleep(LOOK)
             try:
                 self.data.look()
-                if _digest(self.config.file) != self._tried:
+                if not self.config.url and _digest(self.config.file) != self._tried:
                     await self.reload()
             except Exception:
                 log.exception("the agent could not look at its parts")
+
+    async def _hear_always(self, origin: ConfigSource) -> None:
+        """To a configuration that is no file, and says itself when it is another one."""
+        failures = 0
+        while True:
+            hearing = asyncio.ensure_future(origin.changed())
+            try:
+                # What could not be used may need something beside it, which comes about without a word of the registry's.
+                await asyncio.wait({hearing}, timeout=RETRY if self.fault else None)
+                if hearing.done():
+                    hearing.result()
+            except Exception as error:
+                failures += 1
+                pause = random.uniform(0.0, min(RETRY, LOOK * 2.0 ** min(failures, 10)))
+                is_known = isinstance(error, OSError | MeshError)
+                log.info(
+                    "%s can't be watched, and is asked again in %.1f s: %s", self.source, pause, error, exc_info=not is_known
+                )
+                await asyncio.sleep(pause)
+                continue
+            finally:
+                hearing.cancel()
+            failures = 0
+            await self.reload()
 
     async def _live(self) -> None:
         """Tell the watchdog that the loop turns."""
@@ -352,14 +416,14 @@ class Agent:
 
 
 def serve(
-    file: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | None = None,
     *,
     say: Callable[[str], None] = print,
     life: float = RENEWED_LIFE,
     grace: float = GRACE,
 ) -> bool:
     """Run the agent of a configuration in this process, until it is told to end; True if nothing was cut. Raises MeshError."""
-    config = configured(file)
+    config = configured(source)
     _take_descriptors()
 
     async def run() -> bool:

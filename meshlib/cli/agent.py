@@ -63,7 +63,9 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     status = actions.add_parser("status", help="how is it?", description=_STATUS)
     for each in (run, status):
         each.formatter_class = argparse.RawDescriptionHelpFormatter
-        each.add_argument("--config", type=Path, metavar="FILE", help="default: $MESHLIB_CONFIG, then ./mesh.yaml")
+        each.add_argument(
+            "--config", metavar="FILE", help="or the URL of one in a registry; default: $MESHLIB_CONFIG, then ./mesh.yaml"
+        )
     run.add_argument("--log-level", default="info", choices=("error", "warning", "info", "debug"), help="default: info")
     status.add_argument("--socket", metavar="PATH", help=f"its admin socket; default: agent.admin of the file, else {DEFAULT}")
     status.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -84,6 +86,8 @@ def _run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("meshlib").setLevel(args.log_level.upper())
+    # A line per question to a registry tells nobody anything.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     serve(args.config, say=lambda line: print(line, flush=True))
     logging.shutdown()
     sys.stdout.flush()
@@ -114,7 +118,7 @@ def _status(args: argparse.Namespace) -> int:
         time.sleep(max(args.watch, 0.2))
 
 
-def _place(file: Path | None) -> str:
+def _place(file: str | None) -> str:
     from meshlib.config import examine
 
     if file is None and not os.environ.get("MESHLIB_CONFIG") and not Path("mesh.yaml").exists():

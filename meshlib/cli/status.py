@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from meshlib.observe.edges import GOOD, MISSING, MIXED, MTLS, PLAIN, STALE, UNUSED, VERSION, duration
@@ -48,7 +47,9 @@ _COLOURS: Final = {MTLS: "green", PLAIN: "bold red", MIXED: "bold yellow", "tls"
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("status", help="show every edge's mTLS and certificates", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $MESHLIB_CONFIG, then ./mesh.yaml")
+    parser.add_argument(
+        "--config", metavar="FILE", help="or the URL of one in a registry; default: $MESHLIB_CONFIG, then ./mesh.yaml"
+    )
     parser.add_argument(
         "--address",
         action="append",
@@ -105,7 +106,7 @@ def _given(addresses: Iterable[str]) -> tuple[Places, list[Silent]]:
     return {address: [] for address in addresses}, []
 
 
-def _places(file: Path | None) -> tuple[Places, list[Silent]]:
+def _places(file: str | None) -> tuple[Places, list[Silent]]:
     """The addresses of the metrics in a configuration, each with its services; and the services that can't be asked."""
     from meshlib.config import examine
 

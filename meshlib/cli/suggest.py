@@ -64,7 +64,9 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="of records; default: secure.record of mesh.yaml")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $MESHLIB_CONFIG, then ./mesh.yaml")
+    parser.add_argument(
+        "--config", metavar="FILE", help="or the URL of one in a registry; default: $MESHLIB_CONFIG, then ./mesh.yaml"
+    )
     parser.add_argument(
         "--since", type=_since, default=0.0, metavar="TIME", help="only what was seen since: 24h, 7d or 2026-05-01"
     )
@@ -110,7 +112,7 @@ def _since(text: str) -> float:
 
 def _read(examined: Examined, folders: Sequence[Path], since: float) -> Record:
     if not folders:
-        config = _config(examined.file, next(iter(examined.services)))
+        config = _config_of(examined, next(iter(examined.services)))
         if config.record is None:
             raise MeshError(
                 "no calls are recorded: secure.record is off in mesh.yaml.",
@@ -129,6 +131,12 @@ def _read(examined: Examined, folders: Sequence[Path], since: float) -> Record:
             hint="Records are written every few seconds, once calls come in; see also --since.",
         )
     return record
+
+
+def _config_of(examined: Examined, service: str) -> Config:
+    from meshlib.config import load
+
+    return load(examined.url or examined.file, service=service, origin=examined.origin)
 
 
 def _config(file: Path, service: str) -> Config:
@@ -181,7 +189,7 @@ def suggest(examined: Examined, record: Record, *, most: int = least.MOST) -> tu
 
 def propose(examined: Examined, service: str, rows: Sequence[Observed], *, most: int = least.MOST) -> Proposal:
     """What to allow at one service, from what came to it."""
-    config = _config(examined.file, service)
+    config = _config_of(examined, service)
     plan: dict[str, Any] = json.loads(config.server_plan())
     present = [rule for rule in plan["rules"] if not rule["dry_run"]]
     denials = [rule for rule in present if rule["action"] == "deny" and _is_plain(rule)]
