@@ -60,7 +60,8 @@ _GONE: Final = {errno.ESRCH, errno.ENOENT, errno.ENODATA}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Caller:
-    """An attested process: what its registration entry is looked for with. None of it is ever shown: not in repr, logs or errors.
+    """An attested process: what its registration entry is looked for with. None of it is ever shown, not in repr, logs or errors; but for
+    the process and user of who fits no entry (`strangers.py`).
 
     `executable` is "" where its path doesn't name it (another mount namespace); `digest` (SHA-256, hex) is "" where no entry of its
     user asks for one, or the file can't be read. `units` are systemd's, `cgroups` paths of control groups.

@@ -34,6 +34,7 @@ from ..errors import KeyFileError, ListenError, MeshError
 from ..secure import files
 from ..secure.identity import Identity
 from .reach import trouble_with
+from .strangers import Strangers
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -152,12 +153,14 @@ class DataPlane:
         issuer: Issuer,
         entries: Entries,
         handover: Handover,
+        strangers: Strangers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.proxy = proxy
         self._issuer = issuer
         self._entries = entries
         self._handover = handover
+        self._strangers = strangers or Strangers()
         self._clock = clock
         self._told: dict[str, Identity] = {}
         self._doors: dict[str, _Door] = {}
@@ -213,7 +216,10 @@ class DataPlane:
 
     async def on_caller(self, connection: socket.socket, caller: Caller) -> None:
         """An attested connection to the data socket."""
-        ids = dict.fromkeys(self._issuer.id_of(entry) for entry in self._entries.of(caller))
+        entries = self._entries.of(caller)
+        if not entries:
+            self._strangers.note("data", caller)
+        ids = dict.fromkeys(map(self._issuer.id_of, entries))
         known = [spiffe_id for spiffe_id in ids if spiffe_id in self._told]
         if not known:
             self.turned_away += 1

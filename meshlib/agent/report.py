@@ -32,7 +32,7 @@ UPTIME: Final = Metric("meshlib_agent_uptime_seconds", "gauge", "Since the agent
 CALLERS: Final = Metric(
     "meshlib_agent_callers_total",
     "counter",
-    "Connections to the agent's sockets: accepted, or refused by a rule.",
+    "Connections to the agent's sockets: accepted, of these from who fits no entry, or refused by a rule.",
     ("socket", "result"),
 )
 ADOPTED: Final = Metric(
@@ -87,6 +87,8 @@ def health(agent: Agent) -> dict[str, Any]:
         "reloads": agent.reloads,
         "reload_failures": agent.reload_failures,
         "identities": {"in_force": len(agent.issuer.identities), "wanted": len(agent.issuer.rows())},
+        # Who they are stands in the log.
+        "strangers": {"count": agent.strangers.counts.total(), "since": agent.strangers.since},
         "alarms": [{"about": about, "message": message} for about, message in alarms],
     }
 
@@ -119,12 +121,13 @@ def metrics(agent: Agent) -> Iterator[tuple[Metric, Samples]]:
     yield RELOADS, [(("taken",), agent.reloads), (("refused",), agent.reload_failures)]
     yield UPTIME, [((), time.monotonic() - agent.began)]
     yield ADOPTED, [(("taken",), agent.data.adopted), (("refused",), agent.data.turned_away)]
-    yield CALLERS, [sample for name, acceptor in agent.acceptors.items() for sample in _callers(name, acceptor)]
+    yield CALLERS, [sample for name, acceptor in agent.acceptors.items() for sample in _callers(agent, name, acceptor)]
     yield from _of_proxy(agent.data.proxy.stats())
 
 
-def _callers(name: str, acceptor: Acceptor) -> Iterator[tuple[tuple[str, str], float]]:
+def _callers(agent: Agent, name: str, acceptor: Acceptor) -> Iterator[tuple[tuple[str, str], float]]:
     yield (name, "accepted"), acceptor.accepted
+    yield (name, "no_entry"), agent.strangers.counts[name]
     for rule, count in acceptor.refused.items():
         yield (name, rule), count
 

@@ -27,12 +27,13 @@ import os
 import random
 import resource
 import signal
+import socket
 import stat
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .._native import core
 from ..config import Config, examine, load
@@ -48,8 +49,12 @@ from .admin import Admin
 from .data import DataPlane, Handover, Proxy, bound, doors_of
 from .entries import Entries
 from .issue import Issuer
+from .strangers import Strangers
 from .systemd import ALIVE, READY, STOPPING, Notifier
 from .workload import WorkloadApi
+
+if TYPE_CHECKING:
+    from ..config.agent_policy import AgentPolicy
 
 log = logging.getLogger("meshlib.agent")
 
@@ -126,6 +131,7 @@ class Agent:
         self._told_at_once = asyncio.Event()
         self._reloading = asyncio.Lock()
         self.acceptors: dict[str, Acceptor] = {}
+        self.strangers = Strangers()
         self.issuer: Issuer
         self.data: DataPlane
         self.entries: Entries
@@ -161,7 +167,7 @@ class Agent:
             ("data", "data", policy.data),
             ("admin", "admin", policy.admin),
         ):
-            mode = 0o666 if name == "admin" and policy.admins else sockets.MODES[name]
+            mode = sockets.MODES[name] if name != "admin" else _admin_mode(policy)
             opened = tried(f"agent.{key}", _socket, name, Path(path), mode, given)
             if opened is not None:
                 self._listening[name] = opened
@@ -179,7 +185,7 @@ class Agent:
         self.entries = Entries(policy.entries)
         # The last: nothing of it runs before all is right.
         make: Callable[[int], Proxy] = self._make_proxy or core.Proxy
-        self.data = DataPlane(make(policy.workers), self.issuer, self.entries, handover)
+        self.data = DataPlane(make(policy.workers), self.issuer, self.entries, handover, self.strangers)
 
     @property
     def source(self) -> str:
@@ -205,10 +211,16 @@ class Agent:
         self._tasks: set[asyncio.Task[Any]] = set()
         api = WorkloadApi(self.entries, self.issuer)
         attestor = attest.Attestor(self.entries.wants_digest)
+
+        async def serve(plug: socket.socket, caller: attest.Caller) -> None:
+            if not self.entries.of(caller):
+                self.strangers.note("workload", caller)
+            await api.serve(plug, caller)
+
         workload = Acceptor(
             self._listening["workload"].sock,
             attestor,
-            api.serve,
+            serve,
             on_refused=lambda plug: api.serve(plug, None),
             knows=self.entries.knows,
             fits=self.entries.of,
@@ -355,6 +367,11 @@ class Agent:
         self.data.readmit(lost_identities(self.config, fresh))
         self.data.follow(fresh)
         self.admin.admins = frozenset(new.admins)
+        try:
+            # Who isn't let in by the mode isn't asked who they are.
+            self._listening["admin"].admit(_admin_mode(new))
+        except OSError as error:
+            log.warning("the admin socket keeps its mode: %s", error)
         self.config = fresh
         self.issuer.look()
         late = [f"agent.{key}" for key in _FIXED if getattr(self._begun_with, key) != getattr(new, key)]
@@ -491,6 +508,11 @@ def has_capability(number: int) -> bool:
         return False
     found = next((line for line in status.splitlines() if line.startswith("CapEff:")), "CapEff: 0")
     return bool(int(found.split()[1], 16) >> number & 1)
+
+
+def _admin_mode(policy: AgentPolicy) -> int:
+    """Of the admin socket: closed to all others, unless some of them may ask; then each is judged by who they are."""
+    return 0o666 if policy.admins else sockets.MODES["admin"]
 
 
 def _socket(name: str, path: Path, mode: int, given: dict[str, sockets.Listening]) -> sockets.Listening:

@@ -54,15 +54,23 @@ class Listening:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RD)
 
+    def admit(self, mode: int) -> None:
+        """Give its file another mode, if it is still ours: one of systemd's has that of its unit. Raises OSError."""
+        if self._has_file():
+            self.path.chmod(mode)
+
     def close(self) -> None:
         """Close it, and take its file away if it is still ours."""
         self.sock.close()
-        if self.is_inherited:
-            return
         with contextlib.suppress(OSError):
-            found = self.path.lstat()
-            if (found.st_dev, found.st_ino) == self.file:
+            if self._has_file():
                 self.path.unlink()
+
+    def _has_file(self) -> bool:
+        if self.is_inherited:
+            return False
+        found = self.path.lstat()
+        return (found.st_dev, found.st_ino) == self.file
 
 
 def open_socket(path: str | os.PathLike[str], mode: int) -> Listening:

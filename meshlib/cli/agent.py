@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from meshlib.errors import MeshError
+from meshlib.errors import ConfigError, MeshError
 from meshlib.observe.edges import duration
 from meshlib.observe.redact import one_line
 
@@ -99,32 +99,65 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    path = args.socket or _place(args.config)
     while True:
+        path, fault = (args.socket, "") if args.socket else _place(args.config)
+        away: MeshError | None = None
+        told: dict[str, Any] = {"health": {"status": "away", "alarms": []}}
         try:
             told = {part: asked(path, f"/{part}") for part in ("health", "certificates", "entries", "connections")}
         except MeshError as error:
-            if args.watch is None:
-                raise
-            told = {"health": {"status": "away", "alarms": [{"about": "", "message": str(error)}]}}
+            away = error
+            told["health"]["alarms"].append({"about": "", "message": str(error)})
+        told["config"] = {"error": fault}
         if args.json:
             print(json.dumps(told, ensure_ascii=False), flush=True)
-        else:
+        elif away is None or args.watch is not None:
             if args.watch is not None and sys.stdout.isatty():
                 print("\033[H\033[2J", end="")
             show(told)
+        elif fault:
+            print(_faulty(fault), file=sys.stderr)
         if args.watch is None:
-            return 0 if told["health"].get("status") == "ok" else 1
+            if away is not None:
+                raise away
+            return 0 if told["health"].get("status") == "ok" and not fault else 1
         time.sleep(max(args.watch, 0.2))
 
 
-def _place(file: str | None) -> str:
+def _place(source: str | None) -> tuple[str, str]:
+    """The admin socket, and why the configuration can't be used: to ask how the agent is, is for just such a time."""
     from meshlib.config import examine
 
-    if file is None and not os.environ.get("MESHLIB_CONFIG") and not Path("mesh.yaml").exists():
+    named = source or os.environ.get("MESHLIB_CONFIG") or "mesh.yaml"
+    if source is None and named == "mesh.yaml" and not Path(named).exists():
+        return DEFAULT, ""
+    try:
+        node = examine(named).document.agent
+    except ConfigError as error:
+        is_unread = isinstance(error.__context__, OSError)
+        return DEFAULT if is_unread else _written(named), str(error)
+    return DEFAULT if node is None else node.admin, ""
+
+
+def _written(named: str) -> str:
+    """`agent.admin` as it stands in a document that can't be used, for whatever else is wrong with it."""
+    from meshlib.config.source import is_url, open_source, read_source
+    from meshlib.config.text import parse
+
+    try:
+        content = read_source(open_source(named), named)[0] if is_url(named) else Path(named).read_bytes()
+    except (ConfigError, OSError):
         return DEFAULT
-    node = examine(file).document.agent
-    return DEFAULT if node is None else node.admin
+    value = parse(content.decode("utf-8", "replace"), named).value
+    node = value.get("agent") if isinstance(value, dict) else None
+    path = node.get("admin") if isinstance(node, dict) else None
+    return path if isinstance(path, str) and path.startswith("/") else DEFAULT
+
+
+def _faulty(fault: str) -> str:
+    lines = fault.splitlines()
+    more = f" (and {len(lines) - 1} more: `meshlib vet`)" if len(lines) > 1 else ""
+    return f"the configuration can't be used as it is now: {one_line(lines[0])}{more}"
 
 
 def asked(path: str, what: str) -> Any:
@@ -202,6 +235,14 @@ def show(told: Mapping[str, Any]) -> None:
     for alarm in health["alarms"]:
         about = f" ({_cell(alarm['about'])})" if alarm["about"] else ""
         print(f"alarm{about}: {_cell(alarm['message'])}")
+    if fault := told.get("config", {}).get("error"):
+        print(_faulty(fault))
+    strangers = health.get("strangers", {})
+    if strangers.get("count"):
+        print(
+            f"callers without an entry: {strangers['count']}, the last one {duration(strangers['since'])} ago"
+            " (the agent's log names process and user)"
+        )
     if certificates := told.get("certificates"):
         heads = ("service", "identity", "serial", "ends in", "spent", "renewed")
         _table(heads, [_certificate(row) for row in certificates])

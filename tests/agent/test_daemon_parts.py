@@ -20,6 +20,8 @@ from meshlib.agent.data import DataPlane, Handover, doors_of
 from meshlib.agent.entries import Entries
 from meshlib.agent.issue import Issuer
 from meshlib.agent.run import configured
+from meshlib.agent.strangers import MOST as MOST_STRANGERS
+from meshlib.agent.strangers import Strangers
 from meshlib.agent.systemd import Notifier
 from meshlib.errors import KeyFileError
 from meshlib.observe.names import Metric
@@ -236,6 +238,31 @@ async def test_without_a_state_folder_the_secret_lives_as_long_as_the_process(fo
     lost = Handover(folder / "file" / "state")
     assert "another one after a restart" in lost.trouble
     assert len(lost.secret_of(ORDERS)) == 64
+
+
+# ---------------------------------------------------------------------------------------------------- who fits no entry
+
+
+def test_nobody_fills_the_log_with_who_they_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    """A line for a user and a minute, and so many in all; what is not told is counted, and told with the next line."""
+    now = 0.0
+    strangers = Strangers(lambda: now)
+    assert strangers.since is None
+    for _ in range(5):
+        strangers.note("workload", Caller(7, 1001, 1))
+    assert len(caplog.messages) == 1
+    for uid in range(3000, 3000 + 10 * MOST_STRANGERS):
+        strangers.note("data", Caller(8, uid, 1))
+    assert len(caplog.messages) == MOST_STRANGERS
+    now = 60.0
+    strangers.note("workload", Caller(9, 1001, 1))
+    strangers.note("workload", Caller(9, 9999, 1))
+    assert "process 9 of user 1001 at the workload socket" in caplog.messages[-2]
+    assert caplog.messages[-2].endswith("; 4 more of this user since the last line")
+    assert "user 9999" in caplog.messages[-1]
+    assert len(strangers._named) <= MOST_STRANGERS
+    assert strangers.counts == {"workload": 7, "data": 10 * MOST_STRANGERS}
+    assert strangers.since == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------- the admin socket

@@ -467,6 +467,46 @@ def test_only_root_the_agents_user_and_admins_may_ask(folder: Path, authority: A
         assert asked_by(NOBODY).startswith("(403")
 
 
+@is_root
+def test_admins_of_a_changed_file_may_ask(folder: Path, authority: Any) -> None:
+    """Its socket is opened for them, and closed again when nobody else may ask any more."""
+    path = folder / "admin.sock"
+    mesh_file(folder)
+    with running(folder) as daemon:
+        assert path.stat().st_mode & 0o777 == 0o600
+        mesh_file(folder, agent="ca: ca, admins: [1]")
+        until(lambda: daemon.ask("/health")[1]["reloads"] == 1)
+        assert path.stat().st_mode & 0o777 == 0o666
+        mesh_file(folder)
+        until(lambda: daemon.ask("/health")[1]["reloads"] == 2)
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+@is_root
+def test_who_fits_no_entry_is_named_in_the_log_and_counted(folder: Path, authority: Any) -> None:
+    """Process and user, at both sockets, and once for a user; nothing of what the entries ask for."""
+    mesh_file(folder, entries="[{service: orders, uid: 0, path: /opt/odd/program}, {service: stock, uid: 4242}]")
+    with running(folder) as daemon:
+        for _ in range(3):
+            assert "PERMISSION_DENIED" in _fetched_by(NOBODY, daemon.workload)
+        with socket.socket(socket.AF_UNIX) as plug:
+            plug.connect(str(folder / "data.sock"))
+            assert plug.recv(1) == b""
+        strangers = daemon.ask("/health")[1]["strangers"]
+        assert strangers["count"] == 4
+        assert 0 <= strangers["since"] < 60
+        assert daemon.ask("/health")[1]["status"] == "ok"  # anybody could make it another
+        metrics = daemon.ask("/metrics")[1]
+        assert 'meshlib_agent_callers_total{socket="workload",result="no_entry"} 3' in metrics
+        assert 'meshlib_agent_callers_total{socket="data",result="no_entry"} 1' in metrics
+        told = [line for line in daemon.lines if "fits no entry" in line]
+        assert len(told) == 2
+        assert f"of user {NOBODY} at the workload socket" in told[0]
+        assert f"process {os.getpid()} of user 0 at the data socket" in told[1]
+        assert "4242" not in daemon.text
+        assert "odd" not in daemon.text
+
+
 def test_the_log_level_is_told_and_changed(folder: Path, authority: Any) -> None:
     """To one of four; and nothing else is changed from there."""
     mesh_file(folder)

@@ -100,6 +100,51 @@ def test_an_agent_that_is_away_is_told_with_what_to_do(folder: Path, capsys: pyt
         thread.join()
 
 
+def test_a_mistake_in_the_file_hides_no_agent(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is asked where the file says, mistake or not; both are told, and it is a failure."""
+    CertificateAuthority.create(folder / "ca", DOMAIN)
+    file = mesh_file(folder)
+    good = file.read_text()
+    with running(folder):
+        file.write_text(good.replace("entries:", "colour: red\n, entires:"))
+        assert status(folder) == 1
+        told = capsys.readouterr().out
+        assert f"agent of {DOMAIN}, process " in told
+        assert "the configuration can't be used as it is now: " in told
+        assert "agent.colour" in told
+        assert "more: `meshlib vet`)" in told
+        assert status(folder, "--json") == 1
+        told = json.loads(capsys.readouterr().out)
+        assert "agent.entires" in told["config"]["error"]
+        assert told["health"]["identities"] == {"in_force": 1, "wanted": 1}
+        file.write_text(good)
+        until(lambda: status(folder) == 0)
+    file.write_text(good.replace("entries:", "entires:"))
+    capsys.readouterr()
+    assert status(folder) == 1
+    told = capsys.readouterr().err
+    assert "agent.entires" in told
+    assert f"no agent answers at {folder}/admin.sock" in told
+
+
+def test_an_agent_that_is_away_is_told_as_json_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that asks gets an object, and not nothing."""
+    mesh_file(folder)
+    assert status(folder, "--json") == 1
+    found = capsys.readouterr()
+    told = json.loads(found.out)
+    assert told["health"]["status"] == "away"
+    assert "no agent answers" in told["health"]["alarms"][0]["message"]
+    assert "no agent answers" in found.err
+
+
+def test_callers_without_an_entry_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a word about where their names are."""
+    health: dict[str, Any] = {"status": "away", "alarms": [], "strangers": {"count": 3, "since": 12.2}}
+    show({"health": health})
+    assert "callers without an entry: 3, the last one 12 s ago" in capsys.readouterr().out
+
+
 def test_an_agent_that_hangs_is_not_waited_for(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
