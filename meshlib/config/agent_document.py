@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .agent_values import CgroupPath, Digest, SocketPath, Unit
+from .agent_values import CgroupPath, Digest, ExecutablePath, SocketPath, Unit
 from .defaults import setting
 from .section import Section
 from .secure_values import FilePath, HttpsUrl
@@ -26,7 +26,7 @@ class AgentEntry(Section):
     service: Name = Field(description="Whose identity it gets.")
     uid: _User = Field(description="The user that it runs as. No default.")
     gid: _User | None = Field(default=None, description="Its group.")
-    path: SocketPath | None = Field(default=None, description="Its executable, such as /usr/bin/python3.11.")
+    path: ExecutablePath | None = Field(default=None, description="Its executable, such as /usr/bin/python3.11.")
     sha256: Annotated[tuple[Digest, ...], Field(min_length=1)] | None = Field(
         default=None, description="SHA-256 of the executable, in hex; one of them."
     )

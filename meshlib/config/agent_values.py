@@ -14,6 +14,8 @@ from .values import refuse
 
 # sockaddr_un has 108 bytes, the last of which is NUL.
 _LONGEST: Final = 107
+# PATH_MAX of the kernel, likewise; what is longer names no file.
+_LONGEST_FILE: Final = 4095
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}\Z")
 _UNIT: Final = re.compile(r"[A-Za-z0-9:_.@\\-]{1,240}\.(?:service|scope)\Z")
 
@@ -34,6 +36,14 @@ def _socket(value: str) -> str:
         refuse(f"{value!r} is not a plain absolute path", "such as /run/meshlib/agent.sock")
     if len(value.encode()) > _LONGEST:
         refuse(f"is longer than the {_LONGEST} bytes that a socket's path may have", "a shorter one")
+    return value
+
+
+def _executable(value: str) -> str:
+    if not _plain(value):
+        refuse(f"{value!r} is not a plain absolute path", "the executable itself and no link to it, such as /usr/bin/python3.11")
+    if len(value.encode()) > _LONGEST_FILE:
+        refuse(f"is longer than the {_LONGEST_FILE} bytes that a path may have", "a shorter one")
     return value
 
 
@@ -67,6 +77,7 @@ def workload_socket(value: str) -> str:
 
 
 SocketPath = Annotated[str, AfterValidator(_socket)]
+ExecutablePath = Annotated[str, AfterValidator(_executable)]
 CgroupPath = Annotated[str, AfterValidator(_cgroup)]
 Digest = Annotated[str, AfterValidator(_digest)]
 Unit = Annotated[str, AfterValidator(_unit)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from meshlib.config import load
 from meshlib.config.agent_policy import AgentPolicy, EntryPolicy
+from meshlib.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -86,3 +89,41 @@ def test_discover_and_register_pass_on_the_keys_of_the_registry() -> None:
     assert storefront.register is not None
     assert (storefront.register.registry, storefront.register.address) == ("consul", "")
     assert orders.inbound.agent == "/run/orders/app.sock"
+
+
+LONG = "/opt/shop/services/orders/releases/2026-11-22T08-00-00Z-3f9c2d1ab7/virtualenvs/orders-service-py3.11-production/bin/python3.11"
+
+
+def entry_of(folder: Path, path: str) -> EntryPolicy:
+    file = folder / "mesh.yaml"
+    file.write_text(
+        "mesh: shop\nsecure: {mode: observe}\nservices: {orders: {}}\n"
+        f"agent: {{ca: ca, entries: [{{service: orders, uid: 1001, path: {path}}}]}}\n"
+    )
+    node = load(file).agent
+    assert node is not None
+    return node.entries[0]
+
+
+def test_the_path_of_an_executable_is_as_long_as_that_of_any_file(tmp_path: Path) -> None:
+    """It is no socket, whose paths are short; up to what the kernel takes."""
+    assert len(LONG) > 107
+    longest = "/" + "/".join(["x" * 254] * 17)[:4094]
+    for path in (LONG, longest):
+        assert entry_of(tmp_path, path).path == path
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("python3.11", "is not a plain absolute path (the executable itself and no link to it, such as /usr/bin/python3.11)"),
+        ("/usr/../bin/true", "is not a plain absolute path"),
+        ("/" + "x" * 4095, "is longer than the 4095 bytes that a path may have"),
+    ],
+)
+def test_what_names_no_executable_is_refused_without_a_word_of_sockets(tmp_path: Path, path: str, told: str) -> None:
+    """In words that are about what was written."""
+    with pytest.raises(ConfigError) as caught:
+        entry_of(tmp_path, path)
+    assert told in str(caught.value)
+    assert "sock" not in str(caught.value)
