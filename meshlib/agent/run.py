@@ -39,10 +39,11 @@ from .._native import core
 from ..config import Config, examine, load
 from ..config.source import ConfigSource, is_url, shown
 from ..config.text import parse
-from ..errors import ConfigError, ListenError, MeshError, Problem
+from ..errors import ConfigError, IdentityError, ListenError, MeshError, Problem
 from ..keeper import apart
 from ..reload import RETRY, remember
 from ..secure.ca import RENEWED_LIFE
+from ..secure.workload.address import AGENT, agent_uid
 from . import attest, report, sockets
 from .acceptor import Acceptor
 from .admin import Admin
@@ -71,6 +72,10 @@ SOON: Final = 2.0
 # What counts from the next start only.
 _FIXED: Final = ("socket", "data", "admin", "state", "workers", "ca", "enrol")
 _CAP_SYS_PTRACE: Final = 19
+
+# Of a start that fails: what no other start cures, unless a person does something first. What is taken (a socket, an address) may be free
+# the next time.
+_LASTING: Final = ("agent.open_file", "agent.rights", sockets.PLACE)
 
 T = TypeVar("T")
 
@@ -139,15 +144,21 @@ class Agent:
     # ------------------------------------------------------------------------------------------------ check
 
     def check(self) -> None:
-        """Make all parts, and open every socket. Raises MeshError with everything that is wrong, and leaves nothing open then."""
+        """Make all parts, and open every socket. Raises MeshError with everything that is wrong, and leaves nothing open then.
+
+        It is a ConfigError if any of it is a person's to mend, so that whoever started us doesn't try again and again.
+        """
         policy = self.config.agent
         assert policy is not None
         faults: list[Problem] = []
+        is_lasting = False
 
         def tried(key: str, work: Callable[..., T], *details: Any) -> T | None:
+            nonlocal is_lasting
             try:
                 return work(*details)
             except MeshError as error:
+                is_lasting = is_lasting or isinstance(error, ConfigError | IdentityError) or error.reason in _LASTING
                 faults.append(Problem(self.source, self._line_of(key), key, error.message, error.hint))
             except OSError as error:
                 faults.append(Problem(self.source, self._line_of(key), key, str(error)))
@@ -178,7 +189,8 @@ class Agent:
         if faults:
             for listening in self._listening.values():
                 listening.close()
-            raise MeshError("the agent can't start:\n" + "\n".join(map(str, faults)), reason="agent.start")
+            text = "the agent can't start:\n" + "\n".join(map(str, faults))
+            raise ConfigError(text) if is_lasting else MeshError(text, reason="agent.start")
         assert issuer is not None
         assert handover is not None
         self.issuer = issuer
@@ -239,6 +251,8 @@ class Agent:
             await asyncio.to_thread(remember, self.config)
             for line in report.lines_of(self):
                 self._say(line)
+            if distrust := distrusted(self.config):
+                log.warning("%s", distrust)
             self._notifier.tell(READY, status=self._status())
             self._spawn(self._look_always())
             if self.config.origin is not None:
@@ -475,6 +489,19 @@ def refuse_blind(config: Config) -> None:
         )
 
 
+def distrusted(config: Config) -> str:
+    """Why services of this node will not believe what is said at our sockets; "" if they will."""
+    assert config.agent is not None
+    us = os.geteuid()
+    others = sorted({entry.uid for entry in config.agent.entries} - {us})
+    if not others or us in {0, agent_uid()}:
+        return ""
+    return (
+        f"the agent is user {us}, whom services of other users (uid {', '.join(map(str, others))}) don't believe: they take identities"
+        f" from a socket of root's, of the system user {AGENT!r}, or of their own user's. Run it as one of these."
+    )
+
+
 def lost_identities(old: Config, fresh: Config) -> set[str]:
     """The SPIFFE IDs of which an entry is gone or asks for something else: who had them by it may have lost them."""
     assert old.agent is not None
@@ -523,6 +550,7 @@ def _socket(name: str, path: Path, mode: int, given: dict[str, sockets.Listening
         raise ListenError(
             f"systemd has opened {found.path}, and the configuration says {path}.",
             hint="Services look for it where the configuration says: correct ListenStream= in the socket's unit, or the file.",
+            reason=sockets.PLACE,
         )
     return found
 

@@ -30,6 +30,9 @@ MODES: Final[Mapping[str, int]] = {"workload": 0o666, "data": 0o666, "admin": 0o
 # Callers that wait to be accepted; the kernel cuts it to net.core.somaxconn.
 BACKLOG: Final = 512
 
+# The reason of a refusal that another start doesn't cure.
+PLACE: Final = "agent.place"
+
 _FIRST: Final = 3  # of the descriptors that systemd hands over
 _VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 # Of an address: the path and its end.
@@ -87,7 +90,9 @@ def open_socket(path: str | os.PathLike[str], mode: int) -> Listening:
         refuse_open_folder(place.parent)
         if len(os.fsencode(place)) > _LONGEST:
             raise ListenError(
-                f"the path {place} is too long for a socket.", hint=f"At most {_LONGEST} bytes: use a folder in /run."
+                f"the path {place} is too long for a socket.",
+                hint=f"At most {_LONGEST} bytes: use a folder in /run.",
+                reason=PLACE,
             )
         _clear(place)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -129,6 +134,7 @@ def inherited(environment: Mapping[str, str] | None = None, modes: Mapping[str, 
         raise ListenError(
             "systemd hands over sockets that the agent can't tell apart.",
             hint="Each .socket unit needs FileDescriptorName=workload, data or admin, each of them once.",
+            reason=PLACE,
         )
     found: dict[str, Listening] = {}
     try:
@@ -148,13 +154,16 @@ def refuse_open_folder(folder: Path) -> None:
         hint = f"chown it to root or to user {os.geteuid()}, and chmod go-w {place}; or choose a folder in /run."
         if found.st_uid not in {0, os.geteuid()}:
             raise ListenError(
-                f"the folder {place} belongs to another user, who could put a socket of their own there.", hint=hint
+                f"the folder {place} belongs to another user, who could put a socket of their own there.",
+                hint=hint,
+                reason=PLACE,
             )
         if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
             raise ListenError(
                 f"the folder {place} may be changed by other users (mode {stat.S_IMODE(found.st_mode):04o}),"
                 " who could put a socket of their own there.",
                 hint=hint,
+                reason=PLACE,
             )
 
 
@@ -207,6 +216,7 @@ def _taken_over(fd: int, name: str, mode: int) -> Listening:
             raise ListenError(
                 f"the socket {place} may be used by other users (mode {stat.S_IMODE(found.st_mode):04o}).",
                 hint=f"Set SocketMode={mode:04o} in its .socket unit.",
+                reason=PLACE,
             )
     except OSError as error:
         sock.close()
@@ -224,4 +234,5 @@ def _foreign(place: Path) -> ListenError:
     return ListenError(
         f"what lies at {place} is no socket of user {os.geteuid()}, and is not touched.",
         hint="Find out who put it there before you remove it.",
+        reason=PLACE,
     )

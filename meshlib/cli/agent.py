@@ -46,7 +46,12 @@ _RUN: Final = """\
 Run the agent in the foreground. It looks at everything first and tells all that is wrong at once. SIGHUP or a changed mesh.yaml takes
 over entries, federation and addresses; SIGTERM lets what is under way end, for 25 seconds at most, and a second one doesn't wait.
 
-It needs no root. To attest processes of other users it needs CAP_SYS_PTRACE, and for ports below 1024 CAP_NET_BIND_SERVICE.
+It needs no root, but services take identities only from a socket of root's, of the system user `meshlib` (as whom our systemd units let
+it run), or of their own user's. To attest processes of other users it needs CAP_SYS_PTRACE, and for ports below 1024
+CAP_NET_BIND_SERVICE.
+
+Exit code 2: something that only a person can mend, such as a mistake in mesh.yaml, a CA that isn't there or is another trust domain's, or
+a file that others may change. Exit code 1: something that may pass, such as an address that is taken or a registry that is away.
 """
 
 _STATUS: Final = """\

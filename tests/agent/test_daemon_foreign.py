@@ -99,6 +99,7 @@ def test_an_application_that_lets_nobody_connect_is_an_alarm_until_it_does(node:
     folder, port = node
     path = folder / "run" / "app.sock"
     with running(folder, before=BEFORE) as daemon:
+        assert f"the agent is user {NOBODY}, whom services of other users (uid 0, {THEIRS}) don't believe" in daemon.text
         assert daemon.ask("/health")[1]["status"] == "ok"  # nobody has called a server that isn't there yet
         with served(path, "022"):
             until(lambda: daemon.ask("/health")[1]["status"] == "degraded")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ import pytest
 from cryptography import x509
 
 from meshlib.agent import run as run_module
-from meshlib.agent.run import configured, has_capability, refuse_blind, refuse_open
+from meshlib.agent.run import configured, distrusted, has_capability, refuse_blind, refuse_open
 from meshlib.config import load
 from meshlib.errors import ConfigError, MeshError
 from meshlib.secure import CertificateAuthority, IdentityStore, identity_source_of
@@ -125,7 +126,7 @@ def _leaf(message: Any) -> Any:
 
 
 def test_all_mistakes_are_told_at_once(folder: Path) -> None:
-    """No CA, a state folder that others may change, a socket that is taken, an address that is taken: four lines, and exit code 1."""
+    """No CA, a state folder that others may change, a socket that is taken, an address that is taken: four lines, and exit code 2."""
     (folder / "state").mkdir()
     (folder / "state").chmod(0o777)
     (folder / "admin.sock").write_text("a file")
@@ -137,8 +138,7 @@ def test_all_mistakes_are_told_at_once(folder: Path) -> None:
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
     lines = [line for line in found.stderr.splitlines() if "mesh.yaml:" in line]
-    assert found.returncode == 1, found.stderr
-    assert found.returncode == 1, found.stderr
+    assert found.returncode == 2, found.stderr
     told = {
         key: next(line for line in lines if f": {key}: " in line)
         for key in ("agent.ca", "agent.state", "agent.admin", "services.orders.listen")
@@ -259,6 +259,45 @@ def test_a_thousand_connections_leave_nothing_behind(folder: Path, authority: An
         until(lambda: held()[0] <= fds + 2, 10.0, lambda: str((held(), fds)))
         # Its own, those of the data path, and four each for attesting at two sockets and for issuing.
         assert held()[1] <= 4 + 3 * 4
+
+
+def test_what_only_a_person_can_mend_is_another_failure_than_what_may_pass(folder: Path, authority: Any) -> None:
+    """2 keeps systemd from another start; 1 doesn't. Each of them by itself, and 2 where both are wrong."""
+
+    def code(file: Path) -> int:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            words = [sys.executable, "-c", COMMAND, "agent", "run", "--config", str(file)]
+            return subprocess.run(words, capture_output=True, timeout=60, check=False).returncode
+        return -1
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        passing = f', listen: "127.0.0.1:{port}", inbound: {{agent: {folder}/app.sock}}'
+        assert code(mesh_file(folder, orders=passing)) == 1
+        assert code(mesh_file(folder, "ca: nowhere", orders=passing)) == 2
+    file = mesh_file(folder)
+    file.write_text(file.read_text().replace("secure: {mode", "secure: {trust_domain: other.internal, mode"))
+    assert code(file) == 2
+    mesh_file(folder).chmod(0o666)
+    assert code(file) == 2
+    (folder / "open").mkdir()
+    (folder / "open").chmod(0o777)
+    file = mesh_file(folder)
+    file.write_text(file.read_text().replace(f"{folder}/data.sock", f"{folder}/open/data.sock"))
+    assert code(file) == 2
+
+
+def test_an_agent_whom_services_will_not_believe_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root, the system user `meshlib` and the services' own user are believed; no other, whoever writes them an entry."""
+    config = configured(mesh_file(folder, entries="[{service: orders, uid: 4100}, {service: stock, uid: 4101}]"))
+    alone = configured(mesh_file(folder, entries="[{service: orders, uid: 4100}]"))
+    for us, system, told in ((0, None, ""), (991, 991, ""), (991, None, "(uid 4100, 4101)"), (4100, None, "(uid 4101)")):
+        monkeypatch.setattr("os.geteuid", lambda us=us: us)
+        monkeypatch.setattr(run_module, "agent_uid", lambda system=system: system)
+        found = distrusted(config)
+        assert told in found
+        assert bool(told) == bool(found)
+    assert distrusted(alone) == ""
 
 
 # ---------------------------------------------------------------------------------------------------- change

@@ -55,7 +55,7 @@ def refuse_foreign_socket(socket: str, uid: int | None = None) -> None:
     """Raise IdentityError unless it is root's, ours or `uid`'s, and in a folder where nobody swaps it; OSError if it isn't there."""
     path = Path(path_of(socket))
     owners = {0, os.geteuid()} | ({uid} if uid is not None else set())
-    hint = "It must be the agent's: root's, ours, or that of the user who is named; nobody else may write to the socket's folder."
+    hint = "It must be the agent's: root's, ours, or the system user meshlib's; nobody else may write to the socket's folder."
     for place, kind in ((path, "socket"), (path.parent, "folder")):
         found = place.stat()
         if found.st_uid not in owners:
