@@ -1,9 +1,10 @@
 """What stands in the bytes of an X509SVIDResponse?
 
 A reader of one protobuf message, by hand: the library needs no protobuf for the one message that it reads. It is stricter than
-protobuf. Fields that nobody here knows are passed over, as they must be; but a known one with another type, one that comes twice
-where there is one, text that isn't UTF-8, a length that points beyond the end, a number that is too long: all of it means that the
-message isn't what it seems, and it is discarded as a whole. What isn't in a message is empty, and never what was there before.
+protobuf. Fields that nobody here knows are passed over, as they must be, but for those in an entry of a map; a known one with another
+type, one that comes twice where there is one, text that isn't UTF-8, a length that points beyond the end, a number that is too long: all
+of it means that the message isn't what it seems, and it is discarded as a whole. What isn't in a message is empty, and never what was
+there before.
 """
 
 from __future__ import annotations
@@ -75,13 +76,17 @@ def _svid(data: bytes) -> Svid:
 
 
 def _pair(data: bytes) -> tuple[str, bytes]:
-    found = _once(data, {1, 2})
-    return _text(found.get(1)), found.get(2, b"")
+    """An entry of a map: those never grow, and protobuf drops one in which it finds anything else."""
+    found = _once(data, {1, 2}, may_grow=False)
+    name = _text(found.get(1))
+    if not name:
+        raise _Flaw("it names no trust domain for a bundle")
+    return name, found.get(2, b"")
 
 
-def _once(data: bytes, known: set[int]) -> dict[int, bytes]:
+def _once(data: bytes, known: set[int], *, may_grow: bool = True) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
-    for number, value in _fields(data, known):
+    for number, value in _fields(data, known, may_grow=may_grow):
         if number in found:
             raise _Flaw("a field comes twice")
         found[number] = value
@@ -95,7 +100,7 @@ def _text(data: bytes | None) -> str:
         raise _Flaw("a text is not UTF-8") from None
 
 
-def _fields(data: bytes, known: set[int]) -> Iterator[tuple[int, bytes]]:
+def _fields(data: bytes, known: set[int], *, may_grow: bool = True) -> Iterator[tuple[int, bytes]]:
     """The known fields, all of which hold bytes, in their order."""
     at, end = 0, len(data)
     while at < end:
@@ -103,6 +108,8 @@ def _fields(data: bytes, known: set[int]) -> Iterator[tuple[int, bytes]]:
         number, kind = tag >> 3, tag & 7
         if not 1 <= number <= _LAST_NUMBER:
             raise _Flaw("a field has no number")
+        if number not in known and not may_grow:
+            raise _Flaw("it has a field that can't be there")
         if number in known and kind != _BYTES:
             raise _Flaw("a field is of another type")
         if kind == _VARINT:
