@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from meshlib.config.agent_policy import EntryPolicy
 from meshlib.errors import IdentityWithdrawn
 from meshlib.secure import CertificateAuthority, IdentityStore, certificates, identity_source_of
 from meshlib.secure.workload import WorkloadSource, channel, watch
+from meshlib.secure.workload.address import refuse_foreign_socket
 from meshlib.testing import check_identity_source
 from tests.agent.workload_world import PATIENCE, TD, Issuer, Node, id_of, node, until
 
@@ -180,6 +182,41 @@ def test_socket_of_another_user_is_not_asked(agent: Node, source: WorkloadSource
     os.chown(agent.path, 12345, -1)
     assert "belongs to user 12345, who is not the agent's" in error_of(source)
     assert agent.acceptor.accepted == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
+def test_way_to_the_socket_is_judged_and_not_its_end_alone(tmp_path: Path) -> None:
+    """Whoever can turn it, in a folder or by a link, leads us to their own socket between our look and our connecting."""
+    place, sticky, theirs = tmp_path / "a" / "b", tmp_path / "tmp", tmp_path / "theirs"
+    for folder in (place, sticky, theirs / "c"):
+        folder.mkdir(parents=True)
+    sticky.chmod(0o1777)
+    with socket.socket(socket.AF_UNIX) as plug:
+        plug.bind(str(place / "s"))
+        path, own, up, into = place / "s", sticky / "own", sticky / "up", theirs / "c" / "in"
+        own.symlink_to(path)
+        up.symlink_to("../a/./b")
+        into.symlink_to(path)
+        for good in (path, own, up / "s", up / ".." / "b" / "s"):
+            refuse_foreign_socket(f"unix://{good}")
+
+        def flaw(way: Path) -> str:
+            with pytest.raises(meshlib.IdentityError) as raised:
+                refuse_foreign_socket(f"unix://{way}")
+            return raised.value.message
+
+        os.lchown(own, 12345, -1)
+        assert flaw(own) == f"the link {own} belongs to user 12345, who is not the agent's."
+        os.lchown(up, 12345, -1)
+        assert flaw(up / "s") == f"the link {up} belongs to user 12345, who is not the agent's."
+        os.chown(theirs, 12345, -1)
+        assert flaw(into) == f"the folder {theirs} belongs to user 12345, who is not the agent's."
+        (tmp_path / "a").chmod(0o775)
+        assert flaw(path) == f"the folder {tmp_path / 'a'} may be changed by other users."
+        (sticky / "x").symlink_to("y")
+        (sticky / "y").symlink_to("x")
+        with pytest.raises(OSError, match="symbolic links"):
+            refuse_foreign_socket(f"unix://{sticky / 'x'}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
