@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             os.environ[VARIABLE] = str(identities.folder)
             examined = examine(args.config)
             identities.issue({name: policy.identity for name, policy in examined.services.items()})
-            settings = {VARIABLE: str(identities.folder), "MESHLIB_CONFIG": str(examined.file)}
+            settings = {VARIABLE: str(identities.folder), "MESHLIB_CONFIG": examined.place}
             if not words:
                 return _hold(identities, settings, list(examined.services))
             return _guard(identities, _start(words, os.environ | settings, mask))

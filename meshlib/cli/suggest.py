@@ -172,7 +172,7 @@ def suggest(examined: Examined, record: Record, *, most: int = least.MOST) -> tu
         problems.append(f"{record.lost} calls found no place in the records: what is proposed may lack some of them")
     services = sorted({row.service for row in record.rows})
     problems += [
-        f"left out: records of {one_line(name)!r}, which is no service of {examined.file}"
+        f"left out: records of {one_line(name)!r}, which is no service of {examined.label}"
         for name in services
         if name not in examined.services
     ]

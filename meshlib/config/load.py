@@ -52,6 +52,11 @@ class Examined:
         """How people find it: the file, or the URL without what may be a password."""
         return shown(self.url) if self.url else str(self.file)
 
+    @property
+    def place(self) -> str:
+        """By what it is read again. A URL may hold a secret."""
+        return self.url or str(self.file)
+
 
 def load(
     source: str | os.PathLike[str] | None = None,

@@ -96,6 +96,7 @@ def _divided(message: str, at: Path) -> tuple[Path, str]:
 
     A package calls its section as it is usually called (`registries.etcd`), whatever the name of its entry is.
     """
+    message = message.removeprefix(f"{at[-1]}: ")
     match = _KEY.match(message)
     if match is None or match[1] != at[0]:
         return at, message

@@ -32,6 +32,8 @@ class Shelf(Memory):
         only(f"services.{instance.service}.register", settings, "name", "ttl")
         if settings.get("ttl") == "1s":
             raise ConfigError(f"services.{instance.service}.register.ttl must be 2 s at least.", hint="ttl: 10s")
+        if settings.get("ttl") == "late":
+            raise ConfigError("register: it is late.", hint="wait")
         if settings.get("ttl") == "odd":
             raise KeyError("secret")
         return super().register(instance, settings)
@@ -127,6 +129,7 @@ def test_mistakes_for_packages_are_told_with_all_others(capsys: pytest.CaptureFi
         ("{registry: main, weight: heavy}", "mesh.yaml:5: services.orders.register.weight: must be a number above 0"),
         ("{registry: main, labels: {version: 2}}", "mesh.yaml:5: services.orders.register.labels: must be a mapping of words"),
         ('{registry: main, address: "0.0.0.0:80"}', "mesh.yaml:5: services.orders.register.address: can't be 0.0.0.0:80, which"),
+        ("{registry: main, ttl: late}", "mesh.yaml:5: services.orders.register: it is late (wait)"),
         ("{registry: main, ttl: odd}", "mesh.yaml:5: services.orders.register: its package can't use it: KeyError"),
     ],
 )

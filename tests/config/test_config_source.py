@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import stat
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import meshlib
+from meshlib.cli import main, suggest
 from meshlib.config import load, source
 from meshlib.errors import ConfigError, MeshError
 
@@ -149,6 +151,16 @@ def test_place_of_a_document_is_its_url(
         assert mesh.reload()
     assert f"configuration {where} is in force" in caplog.messages
     assert (mesh.config.label, "geheim" in caplog.text) == (where, False)
+
+
+def test_commands_read_a_document_where_it_is(shelf: type[Shelf], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`meshlib suggest` again for each service, and what `meshlib dev` starts: by the URL, as there is no file."""
+    monkeypatch.setenv("MESHLIB_CONFIG", URL)
+    monkeypatch.delenv("MESHLIB_DEV", raising=False)
+    with pytest.raises(MeshError, match="no calls are recorded"):
+        suggest.run(argparse.Namespace(config=None, folders=(), since=0.0, distinct=4))
+    assert main(["dev", "--", "sh", "-c", 'printf %s "$MESHLIB_CONFIG" > told']) == 0
+    assert (tmp_path / "told").read_text() == URL
 
 
 def test_what_a_source_refuses_is_told_with_its_url(shelf: type[Shelf]) -> None:
