@@ -9,6 +9,7 @@ use std::sync::Arc;
 use mesh_wire::connection::Protocols;
 use mesh_wire::delegated::{Endpoint, Reason, Spoken};
 use mesh_wire::tls::client::ClientSession;
+use rustix::net::sockopt;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
@@ -120,6 +121,7 @@ async fn connect(worker: &Worker, target: &Target) -> io::Result<(Socket, String
         }
     };
     tcp.set_nodelay(true)?;
+    keep_watch(&tcp, target.spoken);
     let local = tcp.local_addr().map(|address| address.to_string()).unwrap_or_default();
     Ok((Socket::Tcp(tcp), local))
 }
@@ -135,6 +137,18 @@ async fn look_up(turns: Arc<Semaphore>, host: &str, port: u16) -> io::Result<Vec
         found
     });
     found.await.map_err(io::Error::other)?
+}
+
+/// A peer that vanished without a word is noticed by the kernel. Where it can't do this, it is only noticed later.
+fn keep_watch(tcp: &TcpStream, spoken: Spoken) {
+    let _ = sockopt::set_socket_keepalive(tcp, true);
+    let _ = sockopt::set_tcp_keepidle(tcp, limits::ALIVE_AFTER);
+    let _ = sockopt::set_tcp_keepintvl(tcp, limits::ALIVE_EVERY);
+    let _ = sockopt::set_tcp_keepcnt(tcp, limits::ALIVE_TIMES);
+    if spoken == Spoken::Http2 {
+        #[cfg(target_os = "linux")]
+        let _ = sockopt::set_tcp_user_timeout(tcp, limits::TAKEN_WITHIN);
+    }
 }
 
 impl Place {

@@ -43,9 +43,15 @@ pub const UPSTREAM_OF_ONE: usize = 8192;
 
 /// Idle connections to an endpoint: longer than the pauses between calls, shorter than servers keep them (60 s and more).
 pub const UPSTREAM_IDLE: Duration = Duration::from_secs(30);
-/// A connection with streams on it is asked whether it lives: a peer that vanished (R29) would hold every later request.
-pub const PING_EVERY: Duration = Duration::from_secs(5);
-pub const PING_WITHIN: Duration = Duration::from_secs(3);
+/// A peer that vanished (R29) would hold every later request: after so much silence its kernel is asked whether it is there, and again,
+/// and after three answers that don't come the connection has ended. Not by PINGs of HTTP/2: the servers of gRPC take two of them in
+/// five minutes, and end a connection with streams on it at the next (GOAWAY, too_many_pings).
+pub const ALIVE_AFTER: Duration = Duration::from_secs(5);
+pub const ALIVE_EVERY: Duration = Duration::from_secs(1);
+pub const ALIVE_TIMES: u32 = 3;
+/// The kernel asks nobody while bytes of ours are on their way. So many milliseconds may they be, where many share the connection; a
+/// peer of HTTP/1.1 may have no room for a large body for longer than that, and holds up nobody else.
+pub const TAKEN_WITHIN: u32 = 8000;
 /// Idle connections to the application: shorter than gunicorn keeps them (2 s), uvicorn (5 s) and the rest. A new one costs little.
 pub const APPLICATION_IDLE: Duration = Duration::from_millis(1500);
 /// Names that the system looks up at once for one identity (five seconds for each, where its server is silent), and threads for all.

@@ -264,9 +264,6 @@ impl Target {
             .initial_connection_window_size(limits::CONNECTION_WINDOW)
             .max_header_list_size(limits::HEAD_BYTES as u32)
             .max_send_buf_size(limits::SEND_BUFFER)
-            .timer(Local)
-            .keep_alive_interval(limits::PING_EVERY)
-            .keep_alive_timeout(limits::PING_WITHIN)
             .handshake(line)
             .await
             .map_err(|error| Failure::new(mesh_wire::delegated::Reason::Closed, false, error.to_string()))?;
