@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
+import threading
 import time
 
 import h2.config
@@ -247,3 +249,48 @@ def test_an_application_that_is_not_there_is_said_so(world: World) -> None:
     grpc = {**asking(port, protocol="http2"), "content-type": "application/grpc", "te": "trailers"}
     reply = world.client(http2=True).post("/a.B/C", headers=grpc, content=b"")
     assert (reply.status_code, reply.headers["grpc-status"]) == (200, "14")
+
+
+def answer_all(server: socket.socket) -> None:
+    """Takes everybody who is in the queue, and who comes later."""
+
+    def one(plug: socket.socket) -> None:
+        head_of(plug)
+        plug.sendall(OK)
+        plug.recv(1)
+
+    with contextlib.suppress(OSError):
+        while True:
+            threading.Thread(target=one, args=(server.accept()[0],), daemon=True).start()
+
+
+def test_an_application_whose_queue_is_full_is_asked_again(world: World) -> None:
+    """A burst waits in line for as long as a connection may take; the kernel says at once that there is no room."""
+    path = world.folder / "busy.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen(2)
+        caller = Caller2(socket.create_connection(("127.0.0.1", world.listen(path, mode="observe"))))
+        for _ in range(20):
+            caller.ask({}, method="POST")
+        assert caller.wait(h2.events.ResponseReceived, 0.3) is None
+        threading.Thread(target=answer_all, args=(server,), daemon=True).start()
+        answers = [dict(caller.wait(h2.events.ResponseReceived).headers)[b":status"] for _ in range(20)]
+        assert answers == [b"200"] * 20
+        caller.plug.close()
+
+
+def test_an_application_whose_queue_stays_full_is_not_there(world: World) -> None:
+    """After a second."""
+    path = world.folder / "busy.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen(2)
+        caller = Caller2(socket.create_connection(("127.0.0.1", world.listen(path, mode="observe"))))
+        begun = time.monotonic()
+        for _ in range(8):
+            caller.ask({}, method="POST")
+        answers = [dict(caller.wait(h2.events.ResponseReceived).headers)[b":status"] for _ in range(5)]
+        assert answers == [b"503"] * 5
+        assert 0.9 < time.monotonic() - begun < 3
+        caller.plug.close()

@@ -13,7 +13,7 @@ use rustix::net::sockopt;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
-use tokio::time::{timeout_at, Instant};
+use tokio::time::{sleep, timeout_at, Instant};
 
 use crate::fail::Failure;
 use crate::gauge::{Gauge, Listed};
@@ -97,7 +97,7 @@ async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Dialled, Failure> 
 async fn connect(worker: &Worker, target: &Target) -> io::Result<(Socket, String)> {
     let tcp = match &target.place {
         Place::Unix(path, owners) => {
-            let socket = UnixStream::connect(&**path).await?;
+            let socket = knock(path, &target.turn).await?;
             let user = socket.peer_cred()?.uid();
             if !owners.is_empty() && !owners.contains(&user) {
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {user} listens there")));
@@ -124,6 +124,18 @@ async fn connect(worker: &Worker, target: &Target) -> io::Result<(Socket, String
     keep_watch(&tcp, target.spoken);
     let local = tcp.local_addr().map(|address| address.to_string()).unwrap_or_default();
     Ok((Socket::Tcp(tcp), local))
+}
+
+/// The kernel makes nobody wait for room in the queue of a UNIX socket: it says at once that there is none, where TCP would ask again.
+/// So whoever comes waits in line, and the first of the line asks again, until his time is over.
+async fn knock(path: &str, turn: &Semaphore) -> io::Result<UnixStream> {
+    let _turn = turn.acquire().await.map_err(io::Error::other)?;
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(limits::APPLICATION_AGAIN).await,
+            result => return result,
+        }
+    }
 }
 
 /// The system's resolver takes a thread for as long as it likes, also when nobody waits any more. So whoever looks up names has a few turns,

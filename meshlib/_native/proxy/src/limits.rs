@@ -59,7 +59,8 @@ pub const LOOKUPS: usize = 4;
 pub const LOOKUP_THREADS: usize = 32;
 /// Kept idle for one endpoint and worker.
 pub const IDLE_AT_MOST: usize = 256;
-/// A UNIX socket answers at once or its backlog is full.
+/// A UNIX socket answers at once or its backlog is full: then it is asked again so soon, and so long in all.
+pub const APPLICATION_AGAIN: Duration = Duration::from_millis(2);
 pub const APPLICATION_CONNECT: Duration = Duration::from_secs(1);
 
 /// Who is in the queue of a listener when we drain is still taken; a reset would leave the caller in doubt.

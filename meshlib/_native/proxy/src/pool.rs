@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use hyper::client::conn::{http1, http2};
 use mesh_wire::delegated::{Ask, Spoken};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, Semaphore};
 use tokio::time::{timeout_at, Instant as Moment};
 
 use crate::body::Relay;
@@ -50,6 +50,8 @@ pub struct Target {
     idle: RefCell<Vec<Idle>>,
     shared: RefCell<Vec<Rc<Multi>>>,
     waiting: RefCell<Option<Waiting>>,
+    /// Who opens the next connection, where that takes turns.
+    pub turn: Semaphore,
 }
 
 /// Those who wait for the same connection, and until when the most patient of them does.
@@ -143,6 +145,7 @@ impl Target {
             idle: RefCell::default(),
             shared: RefCell::default(),
             waiting: RefCell::default(),
+            turn: Semaphore::new(1),
         }
     }
 
