@@ -151,6 +151,52 @@ def test_a_failure_after_the_head_cuts_the_message(world: World) -> None:
                 assert "error_code:2" in str(caught.value).replace(" ", "").replace("ErrorCodes.INTERNAL_ERROR", "2")
 
 
+@pytest.mark.parametrize("is_http2", [False, True])
+@pytest.mark.parametrize("end", ["whole", "cut", "reset"])
+def test_an_answer_that_ends_with_its_connection_is_whole_only_if_that_was_closed(world: World, end: str, is_http2: bool) -> None:
+    """In the words of HTTP/1.0 nothing else tells its end: what breaks off under TLS is an error, what ends there a whole answer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    world.issued[ORDERS].load_into(context, world.folder)
+
+    def script(plug: socket.socket) -> None:
+        tls = context.wrap_socket(plug, server_side=True)
+        head_of(tls)
+        tls.sendall(b"HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\nas far as this")
+        time.sleep(0.1)
+        if end == "whole":
+            with contextlib.suppress(OSError):
+                tls.unwrap()
+        elif end == "reset":
+            tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        tls.close()
+
+    with scripted(script) as port:
+        client = world.client(http2=is_http2)
+        if end == "whole":
+            reply = client.get("/", headers=asking(port))
+            assert (reply.text, reply.http_version) == ("as far as this", "HTTP/2" if is_http2 else "HTTP/1.1")
+        else:
+            with pytest.raises(httpx.RemoteProtocolError):
+                client.get("/", headers=asking(port))
+
+
+def test_an_answer_is_never_passed_on_as_one_that_ends_with_the_connection(world: World) -> None:
+    """If the agent itself is killed in the middle, its caller sees that: whoever asks in HTTP/1.1 is told the length."""
+
+    def script(plug: socket.socket) -> None:
+        head_of(plug)
+        plug.sendall(b"HTTP/1.0 200 OK\r\n\r\nhalf")
+        plug.recv(1)
+
+    with scripted(script) as port:
+        plug = world.caller()
+        fields = "".join(f"{name}: {value}\r\n" for name, value in asking(port, expect="-").items())
+        plug.sendall(f"GET / HTTP/1.1\r\nhost: orders\r\n{fields}\r\n".encode())
+        head = head_of(plug)
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"transfer-encoding: chunked" in head.lower()
+
+
 def test_a_caller_that_leaves_cancels_at_once(world: World) -> None:
     """The endpoint notices within a tenth of a second, over HTTP/1.1 and HTTP/2."""
     ended: list[float] = []

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use hyper::body::Incoming;
 use mesh_wire::delegated::{Reason, Spoken};
 use tokio::time::Instant;
@@ -31,7 +31,9 @@ impl Answer {
         if let Some(progress) = &progress {
             progress.answered();
         }
-        let (head, body) = response.into_parts();
+        let (mut head, body) = response.into_parts();
+        // In the words of HTTP/1.0 the answer would end with the connection, and one that was cut would look whole.
+        head.version = Version::HTTP_11;
         Response::from_parts(head, Relay::answer(body, lease, progress))
     }
 }
