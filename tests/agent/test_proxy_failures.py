@@ -73,6 +73,22 @@ def test_a_peer_that_speaks_no_tls(world: World) -> None:
         assert failed(world.client().get("/", headers=asking(port))) == "tls; written=0"
 
 
+@pytest.mark.parametrize("protocol", ["http1", "http2"])
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_a_peer_that_breaks_the_handshake_off(world: World, protocol: str, is_reset: bool) -> None:
+    """It proved nothing wrong: it is not there, as for this process itself, and no wrong identity."""
+
+    def script(plug: socket.socket) -> None:
+        assert plug.recv(65536)
+        if is_reset:
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with scripted(script) as port:
+        reply = world.client().get("/", headers=asking(port, protocol=protocol))
+        assert failed(reply) == "connect; written=0"
+        assert "refuses our certificate without saying so, or it is stopping." in reply.text
+
+
 def test_a_peer_that_closes_before_its_answer(world: World) -> None:
     """The request was written: who doesn't know that it is idempotent can't send it again."""
     with scripted(head_of) as port:

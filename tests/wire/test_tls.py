@@ -148,7 +148,7 @@ def test_plain_and_old_peers_are_told_apart(root: Authority, client: Issued) -> 
         wire.receive(answer, len(answer))
     wire = core.HttpConnection(tls, SERVER, "orders:1")
     wire.open()
-    with pytest.raises(errors.TlsError, match="during the TLS handshake"):
+    with pytest.raises(errors.ConnectionLost, match="during the TLS handshake"):
         wire.receive_eof()
 
 

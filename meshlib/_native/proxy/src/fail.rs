@@ -26,6 +26,7 @@ impl Failure {
     pub fn tls(address: &str, error: &mesh_wire::Error) -> Failure {
         let reason = match error.kind {
             ErrorKind::PeerIdentity => Reason::Identity,
+            ErrorKind::Lost => Reason::Connect,
             _ => Reason::Tls,
         };
         Failure::new(reason, false, format!("{address}: {} {}", error.message, error.hint))

@@ -121,22 +121,27 @@ impl Line {
             let result = self.pump(&[]);
             let flushed = self.poll_send(context);
             result?;
-            if let Poll::Ready(Err(error)) = &flushed {
-                return Poll::Ready(Err(self.interrupted(Some(error))));
-            }
             let is_done = match &self.tls {
                 Tls::None => true,
                 Tls::Client(session) => session.is_established(),
                 Tls::Server(connection) => !connection.is_handshaking(),
             };
             if is_done {
+                if let Poll::Ready(Err(error)) = &flushed {
+                    return Poll::Ready(Err(self.interrupted(Some(error))));
+                }
                 // What is left to say (our Finished, tickets) may wait for the first bytes of the application's.
                 return Poll::Ready(Ok(()));
             }
             if self.is_eof {
                 return Poll::Ready(Err(self.interrupted(None)));
             }
-            match self.poll_fill(context) {
+            let filled = match (self.poll_fill(context), flushed) {
+                // What it said before it went tells more.
+                (Poll::Pending, Poll::Ready(Err(error))) => Poll::Ready(Err(error)),
+                (filled, _) => filled,
+            };
+            match filled {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(error)) => {
                     return Poll::Ready(Err(
@@ -210,11 +215,15 @@ impl Line {
             self.is_eof = true;
             return Poll::Ready(if is_cut { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) });
         }
+        let mut said = Poll::Pending;
         if self.sent < self.sealed.len() {
             // An alert, or the answer to a change of keys: said now if there is room, with the next write otherwise.
-            let _ = self.poll_send(context)?;
+            said = self.poll_send(context);
         }
         result.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        if let Poll::Ready(Err(error)) = said {
+            return Poll::Ready(Err(error));
+        }
         self.inspect(from);
         Poll::Ready(Ok(()))
     }

@@ -214,13 +214,13 @@ impl ClientSession {
         self.session.close(out);
     }
 
-    /// The socket ended in the middle of the handshake.
+    /// The socket ended in the middle of the handshake: the peer proved nothing wrong, it is not there.
     pub fn interrupted(&self) -> Error {
         self.count(Failed::Lost);
         Error::new(
-            ErrorKind::Tls,
+            ErrorKind::Lost,
             "The peer closed the connection during the TLS handshake.",
-            "Likely cause: it was shutting down, or it refuses our certificate without saying so. Look at the peer's log.",
+            "It may not speak mutual TLS there, it refuses our certificate without saying so, or it is stopping.",
         )
     }
 
