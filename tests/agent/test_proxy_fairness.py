@@ -257,3 +257,66 @@ def test_threads_of_one_process_share_one_connection(world: World) -> None:
             thread.join()
         assert ended == [True] * 20
         assert sum(row["direction"] == "upstream" for row in world.proxy.connections()) == 1
+
+
+def staying(plug: socket.socket) -> None:
+    """An endpoint of HTTP/2 whose answers begin and don't end, and which takes no more of a body than its windows."""
+    peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf8"))
+    peer.initiate_connection()
+    while True:
+        plug.sendall(peer.data_to_send())
+        data = plug.recv(65536)
+        if not data:
+            return
+        for event in peer.receive_data(data):
+            if isinstance(event, h2.events.RequestReceived):
+                assert event.stream_id is not None
+                peer.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+
+
+def test_streams_of_a_process_do_not_hold_up_its_other_calls(world: World) -> None:
+    """It has one connection to us for all it does: hundreds of streams may stay open there, and be given up at once."""
+    with scripted(staying) as stays, scripted(answering) as answers:
+        caller = Caller2(world.caller())
+        long = GRPC | asking(stays, expect="-", protocol="http2")
+        short = GRPC | asking(answers, expect="-", protocol="http2")
+        for _ in range(3):
+            streams = [caller.ask(long) for _ in range(300)]
+            for _ in streams:
+                assert caller.wait(h2.events.ResponseReceived)
+            caller.ask(short)
+            assert caller.wait(h2.events.StreamEnded, 5)
+            for stream in streams:
+                caller.peer.reset_stream(stream, 8)
+            caller.flush()
+            caller.ask(short)
+            assert caller.wait(h2.events.StreamEnded, 5)
+        # In one go: opened and given up before anybody looked.
+        for _ in range(300):
+            stream = caller.peer.get_next_available_stream_id()
+            pseudo = [(":method", "POST"), (":scheme", "http"), (":authority", "orders"), (":path", "/")]
+            caller.peer.send_headers(stream, [*pseudo, *long.items()])
+            caller.peer.reset_stream(stream, 8)
+        caller.flush()
+        caller.ask(short)
+        assert caller.wait(h2.events.StreamEnded, 5)
+
+
+def test_uploads_that_stand_still_do_not_hold_up_other_calls(world: World) -> None:
+    """What we keep of them is bounded for each, and all together leave room on the connection."""
+    with scripted(staying) as stays, scripted(answering) as answers:
+        caller = Caller2(world.caller())
+        fields = GRPC | asking(stays, expect="-", protocol="http2")
+        for _ in range(300):
+            stream = caller.ask(fields, method="POST", is_end=False)
+            assert caller.wait(h2.events.ResponseReceived)
+            left = 60_000
+            while left:
+                size = min(left, caller.peer.max_outbound_frame_size)
+                caller.peer.send_data(stream, b"x" * size)
+                left -= size
+            caller.flush()
+        stream = caller.ask(GRPC | asking(answers, expect="-", protocol="http2"), method="POST", is_end=False)
+        caller.peer.send_data(stream, b"x" * 10_000, end_stream=True)
+        caller.flush()
+        assert caller.wait(h2.events.StreamEnded, 5)

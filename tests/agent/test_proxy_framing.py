@@ -12,7 +12,7 @@ from pathlib import Path
 import h2.events
 import pytest
 
-from tests.agent.proxy_support import NUMBERS, Caller2, World, world
+from tests.agent.proxy_support import CALLER, NUMBERS, Caller2, World, asking, head_of, scripted, world
 
 __all__ = ["world"]
 
@@ -131,3 +131,48 @@ def test_a_request_names_one_host_to_the_application(world: World, application: 
     assert application.came[-1].startswith(b"GET /x?q=1 HTTP/1.1\r\n")
     assert b"host: orders\r\n" in application.came[-1]
     assert b"other" not in application.came[-1]
+
+
+def asked(world: World, port: int, fields: dict[str, str], *, is_http2: bool) -> dict[str, str]:
+    """The answer's fields, by their names in small letters, and `:status`."""
+    fields = {**fields, **asking(port, expect="-"), "x-mesh-as": CALLER}
+    if is_http2:
+        caller = Caller2(world.caller())
+        caller.ask(fields)
+        event = caller.wait(h2.events.ResponseReceived)
+        return {name.decode(): value.decode() for name, value in event.headers}
+    plug = world.caller()
+    text = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    plug.sendall(f"GET / HTTP/1.1\r\nhost: orders\r\n{text}\r\n".encode())
+    line, *lines = head_of(plug).decode().strip().split("\r\n")
+    return {":status": line.split()[1]} | {name.lower(): value for name, _, value in (each.partition(": ") for each in lines)}
+
+
+@pytest.mark.parametrize("is_http2", [False, True])
+def test_the_fields_for_the_agent_are_nobody_elses(world: World, is_http2: bool) -> None:
+    """A request with as many fields as anybody may send goes through, whatever the library says beside them."""
+    came: list[bytes] = []
+
+    def script(plug: socket.socket) -> None:
+        came.append(head_of(plug))
+        plug.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        plug.recv(1)
+
+    with scripted(script) as port:
+        answer = asked(world, port, {f"x-field-{number}": "1" for number in range(99)}, is_http2=is_http2)
+        assert answer[":status"] == "200"
+        assert came[0].count(b"\r\nx-field-") == 99
+
+
+@pytest.mark.parametrize("is_http2", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [{f"x-field-{number}": "1" for number in range(120)}, {"cookie": "c" * 70_000}, {"cookie": "c" * 150_000}],
+    ids=["120 fields", "70 KB", "150 KB"],
+)
+def test_what_the_agent_does_not_carry_is_told_as_its_own_refusal(world: World, fields: dict[str, str], is_http2: bool) -> None:
+    """No endpoint said 431: the library sends such a request itself."""
+    with scripted(head_of) as port:
+        answer = asked(world, port, fields, is_http2=is_http2)
+        assert answer["x-mesh-failed"] == "agent; written=0"
+        assert world.proxy.stats()["upstream"]["opened"] == 0

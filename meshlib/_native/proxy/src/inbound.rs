@@ -111,12 +111,12 @@ pub async fn serve(worker: Rc<Worker>, socket: TcpStream, address: SocketAddr, l
             });
             if is_http2 {
                 let _ = gauge.protocol.set("h2");
-                line.watch_with(Watch::http2());
-                let _ = serve::serve(http2_server().serve_connection(line, service), &gauge, lasts).await;
+                line.watch_with(Watch::http2(false));
+                let _ = serve::serve(http2_server(false).serve_connection(line, service), &gauge, lasts).await;
             } else {
                 let _ = gauge.protocol.set("http/1.1");
-                line.watch_with(Watch::http1());
-                let connection = http1_server().serve_connection(line, service).with_upgrades();
+                line.watch_with(Watch::http1(false));
+                let connection = http1_server(false).serve_connection(line, service).with_upgrades();
                 let _ = serve::serve(connection, &gauge, lasts).await;
             }
             if gauge.is_refused.load(Relaxed) {

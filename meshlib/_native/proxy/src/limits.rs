@@ -22,13 +22,26 @@ pub const SWEEP: Duration = Duration::from_millis(500);
 pub const HEAD_BYTES: usize = 60 * 1024;
 pub const FIELDS: usize = 100;
 pub const TARGET: usize = 8 * 1024;
+/// What is read at the data socket, so that it is us who say that a head is too large: hyper can't say it so that the library knows who
+/// said it. The guard of HTTP/1.1 objects to 128 KiB, and what passes it must fit.
+pub const DATA_HEAD_BYTES: usize = 192 * 1024;
+pub const DATA_FIELDS: usize = 512;
 
-/// Streams at once on one HTTP/2 connection, from peers and (where they allow it) to them. What most servers allow.
+/// Streams at once on one HTTP/2 connection, from peers and (where they allow it) to them. What most servers allow. A caller with
+/// grpcio and no agent has one connection for a channel: its 129th stream waits, as it does at those servers, and cancelling more than
+/// a hundred at once may end the connection (rapid reset). An agent as the caller opens another connection instead of waiting.
 pub const STREAMS: u32 = 128;
 /// Windows of HTTP/2: a stream's is what one slow reader can make us keep; a connection's is that of all its streams together, since
 /// callers who know nothing of one another share it, and whoever reads slowly must not hold up the others. 25 MB/s over 5 ms.
 pub const STREAM_WINDOW: u32 = 128 * 1024;
 pub const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
+/// The same at the data socket, where one connection has all calls of a process to all its services, some of which stay open for
+/// ever. The process was attested, and each caller has so many connections only: what grpcio would allow itself, and no count of
+/// cancelled ones. Windows count bytes that we hold because an endpoint is slow. A stream's may be small, a UNIX socket being so near;
+/// a connection's is that of 512 streams that stand still (32 MiB), not of all, which nobody would let us keep.
+pub const DATA_STREAMS: u32 = 4096;
+pub const DATA_STREAM_WINDOW: u32 = 64 * 1024;
+pub const DATA_CONNECTION_WINDOW: u32 = 512 * DATA_STREAM_WINDOW;
 /// Unsent bytes of one HTTP/2 stream.
 pub const SEND_BUFFER: usize = 256 * 1024;
 /// What HTTP/1.1 may keep of one connection: a head that is just allowed must fit.

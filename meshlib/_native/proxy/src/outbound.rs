@@ -15,6 +15,7 @@ use std::task::Poll;
 
 use bytes::Bytes;
 use http::header::UPGRADE;
+use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::{http1, http2};
@@ -70,12 +71,12 @@ pub async fn serve(worker: Rc<Worker>, socket: UnixStream, ids: Arc<[Arc<str>]>,
         });
         if is_http2 {
             let _ = gauge.protocol.set("h2");
-            line.watch_with(Watch::http2());
-            let _ = serve::serve(http2_server().serve_connection(line, service), &gauge, limits::AGE).await;
+            line.watch_with(Watch::http2(true));
+            let _ = serve::serve(http2_server(true).serve_connection(line, service), &gauge, limits::AGE).await;
         } else {
             let _ = gauge.protocol.set("http/1.1");
-            line.watch_with(Watch::http1());
-            let connection = http1_server().serve_connection(line, service).with_upgrades();
+            line.watch_with(Watch::http1(true));
+            let connection = http1_server(true).serve_connection(line, service).with_upgrades();
             let _ = serve::serve(connection, &gauge, limits::AGE).await;
         }
     }
@@ -110,27 +111,41 @@ pub async fn is_http2(line: &mut Line) -> std::io::Result<bool> {
     Ok(line.unread().starts_with(PREFACE))
 }
 
-pub fn http1_server() -> http1::Builder {
+pub fn http1_server(is_ours: bool) -> http1::Builder {
+    let (fields, head, buffer) = match is_ours {
+        true => (limits::DATA_FIELDS, limits::DATA_HEAD_BYTES, limits::DATA_HEAD_BYTES),
+        false => (limits::FIELDS, limits::HEAD_BYTES, limits::HTTP1_BUFFER),
+    };
     let mut builder = http1::Builder::new();
     // What is late is seen by the worker's sweep.
     builder
         .header_read_timeout(None)
-        .max_headers(limits::FIELDS)
-        .max_buf_size(limits::HTTP1_BUFFER)
-        .max_header_size(limits::HEAD_BYTES)
+        .max_headers(fields)
+        .max_buf_size(buffer)
+        .max_header_size(head)
         .auto_date_header(false);
     builder
 }
 
-pub fn http2_server() -> http2::Builder<Local> {
+/// `is_ours`: for attested callers.
+pub fn http2_server(is_ours: bool) -> http2::Builder<Local> {
     let mut builder = http2::Builder::new(Local);
-    builder
-        .initial_stream_window_size(limits::STREAM_WINDOW)
-        .initial_connection_window_size(limits::CONNECTION_WINDOW)
-        .max_concurrent_streams(limits::STREAMS)
-        .max_header_list_size(limits::HEAD_BYTES as u32)
-        .max_send_buf_size(limits::SEND_BUFFER)
-        .auto_date_header(false);
+    builder.max_send_buf_size(limits::SEND_BUFFER).auto_date_header(false);
+    if is_ours {
+        builder
+            .initial_stream_window_size(limits::DATA_STREAM_WINDOW)
+            .initial_connection_window_size(limits::DATA_CONNECTION_WINDOW)
+            .max_concurrent_streams(limits::DATA_STREAMS)
+            .max_pending_accept_reset_streams(limits::DATA_STREAMS as usize)
+            .max_local_error_reset_streams(None)
+            .max_header_list_size(limits::DATA_HEAD_BYTES as u32);
+    } else {
+        builder
+            .initial_stream_window_size(limits::STREAM_WINDOW)
+            .initial_connection_window_size(limits::CONNECTION_WINDOW)
+            .max_concurrent_streams(limits::STREAMS)
+            .max_header_list_size(limits::HEAD_BYTES as u32);
+    }
     builder
 }
 
@@ -256,6 +271,12 @@ impl Caller {
 
         forward::strip_mesh(&mut head.headers);
         let is_offered = forward::strip(&mut head.headers);
+        if !fits(&head) {
+            let text =
+                "the request's head has more than 100 fields or more than 60 KiB, and the agent carries no such. \
+                Send it from your own process.";
+            return Err(Failure::new(Reason::Agent, false, text).into());
+        }
         if head.method == Method::CONNECT {
             return Err(Refused::Request("CONNECT is not supported: the agent opens no tunnels."));
         }
@@ -331,6 +352,13 @@ impl From<Failure> for Refused {
     fn from(failure: Failure) -> Refused {
         Refused::Failed(failure)
     }
+}
+
+/// As large as anybody's head may be; the fields of this hop are gone.
+fn fits(head: &Parts) -> bool {
+    let fields: usize = head.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    let target = head.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    head.headers.len() <= limits::FIELDS && fields + target <= limits::HEAD_BYTES
 }
 
 /// A field that may be there once.

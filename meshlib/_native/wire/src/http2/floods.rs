@@ -35,6 +35,8 @@ struct Tally {
     is_head_end: bool,
     /// What was asked of us earns the right to a few frames that want an answer and nothing else.
     allowance: u32,
+    /// Resets are judged at all.
+    is_strange: bool,
 }
 
 impl Default for Tally {
@@ -50,6 +52,7 @@ impl Default for Tally {
             is_head: false,
             is_head_end: false,
             allowance: ALLOWANCE,
+            is_strange: true,
         }
     }
 }
@@ -66,7 +69,7 @@ impl Tally {
     fn judge(&self) -> Result<()> {
         let streams = u64::from(self.streams) + u64::from(self.before.0);
         let resets = u64::from(self.resets) + u64::from(self.before.1);
-        if resets > u64::from(RESETS) && resets * 2 > streams {
+        if self.is_strange && resets > u64::from(RESETS) && resets * 2 > streams {
             return Err(Error::protocol("The peer opens streams and has them reset at once (rapid reset)."));
         }
         Ok(())
@@ -133,6 +136,13 @@ impl Default for Floods {
 }
 
 impl Floods {
+    /// For a client that was attested, and works for many: whoever of them gives up, gives up all that he had begun at once.
+    pub fn of_ours() -> Floods {
+        let mut made = Floods::default();
+        made.tally.is_strange = false;
+        made
+    }
+
     /// Bytes from the client, its preface first.
     pub fn read(&mut self, bytes: &[u8], now: u64) -> Result<()> {
         let Floods { incoming, preface, tally, .. } = self;
@@ -173,6 +183,23 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
     use super::*;
     use crate::http2::frames::PING;
+
+    #[test]
+    fn resets_of_an_attested_client_are_not_judged_but_what_else_it_sends_is() {
+        let open_and_reset = |floods: &mut Floods| {
+            floods.read(HELLO, 0).unwrap();
+            (0..1000_u32).try_for_each(|number| {
+                let stream = 2 * number + 1;
+                floods.read(&frame(HEADERS, END_HEADERS | END_STREAM, stream, b"x"), 1)?;
+                floods.read(&frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]), 1)
+            })
+        };
+        assert!(open_and_reset(&mut Floods::default()).is_err());
+        let mut ours = Floods::of_ours();
+        open_and_reset(&mut ours).unwrap();
+        let pings = (0..20_000).try_for_each(|_| ours.read(&frame(PING, 0, 0, &[0; 8]), 1));
+        assert!(pings.is_err());
+    }
 
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
 
