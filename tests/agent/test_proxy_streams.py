@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import grpc
+import h2.config
+import h2.connection
+import h2.events
+import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import unix_connect
 
-from tests.agent.proxy_support import CALLER, World, asking, facts, head_of, read_all, scripted, until, world
+from tests.agent.proxy_support import CALLER, Caller2, World, asking, facts, head_of, read_all, scripted, until, world
 
 __all__ = ["world"]
 
@@ -184,3 +189,94 @@ def test_a_websocket_is_listed_and_ends_with_the_identity(world: World) -> None:
         with pytest.raises(ConnectionClosed):
             plug.recv(5)
     until(lambda: world.proxy.stats()["inbound"]["orders"]["connections_open"] == 0)
+
+
+class Breaking:
+    """An endpoint of HTTP/2 that answers with half a message, and then ends in some way."""
+
+    def __init__(self, end: str, kind: str = "application/grpc") -> None:
+        self.end = end
+        self.kind = kind
+
+    def __call__(self, plug: socket.socket) -> None:
+        peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        peer.initiate_connection()
+        while True:
+            plug.sendall(peer.data_to_send())
+            data = plug.recv(65536)
+            if not data:
+                return
+            for event in peer.receive_data(data):
+                if isinstance(event, h2.events.RequestReceived):
+                    assert event.stream_id
+                    fields = [(":status", "200"), ("content-type", self.kind)]
+                    if self.end == "no error":
+                        fields.append(("content-length", "100"))
+                    peer.send_headers(event.stream_id, fields)
+                    # A whole message, and the beginning of another one.
+                    peer.send_data(event.stream_id, b"\0\0\0\0\5first\0\0\0\0\5se")
+                    plug.sendall(peer.data_to_send())
+                    time.sleep(0.2)
+                    if self.end == "closed":
+                        return
+                    peer.reset_stream(event.stream_id, {"refused": 7, "cancelled": 8, "calm": 11, "no error": 0}[self.end])
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("closed", grpc.StatusCode.UNAVAILABLE),
+        ("refused", grpc.StatusCode.UNAVAILABLE),
+        ("cancelled", grpc.StatusCode.CANCELLED),
+        ("calm", grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
+def test_a_stream_that_breaks_ends_as_it_would_without_an_agent(world: World, end: str, code: grpc.StatusCode) -> None:
+    """A connection that ends is UNAVAILABLE, a reset is what it says; what had come before is delivered, and no half message."""
+    with scripted(Breaking(end)) as port:
+        for target, metadata in (
+            (f"unix:{world.data_socket()}", tuple(asking(port, expect="-", protocol="http2").items())),
+            (f"127.0.0.1:{port}", ()),
+        ):
+            with grpc.insecure_channel(target, options=[("grpc.default_authority", "orders")]) as channel:
+                plug: Any = channel
+                stream = plug.unary_stream("/n.N/Many")(b"x", metadata=metadata, timeout=10)
+                assert next(stream) == b"first"
+                with pytest.raises(grpc.RpcError) as caught:
+                    next(stream)
+                error: Any = caught.value
+                assert error.code() == code, (target, error)
+
+
+@pytest.mark.parametrize("end", ["closed", "refused", "cancelled", "no error"])
+@pytest.mark.parametrize("is_http2", [False, True])
+def test_an_answer_of_http2_that_breaks_never_looks_whole(world: World, end: str, is_http2: bool) -> None:
+    """Also where the other side resets it without an error, short of the length that it had named."""
+    with scripted(Breaking(end, "text/plain")) as port:
+        with pytest.raises(httpx.RemoteProtocolError):
+            world.client(http2=is_http2).get("/", headers=asking(port, expect="-", protocol="http2"))
+
+
+def test_an_upload_that_its_caller_gives_up_never_looks_whole(world: World) -> None:
+    """The endpoint of a chunked body sees the connection end, and not the last chunk."""
+    came: list[bytes] = []
+
+    def script(plug: socket.socket) -> None:
+        data = head_of(plug)
+        with contextlib.suppress(OSError):
+            while piece := plug.recv(65536):
+                data += piece
+        came.append(data)
+
+    with scripted(script) as port:
+        caller = Caller2(world.caller())
+        stream = caller.ask(asking(port, expect="-"), method="POST", is_end=False)
+        caller.peer.send_data(stream, b"half")
+        caller.flush()
+        until(lambda: world.proxy.stats()["upstream"]["opened"] == 1)
+        time.sleep(0.2)
+        caller.peer.reset_stream(stream, 8)
+        caller.flush()
+        until(lambda: came)
+        assert b"half" in came[0]
+        assert not came[0].endswith(b"0\r\n\r\n")

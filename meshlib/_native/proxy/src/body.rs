@@ -1,8 +1,10 @@
 //! Which body is this, and what hangs on its end?
 //!
 //! One type for both directions: what somebody sends passes through piece by piece, and when it has ended well its connection goes
-//! back to the pool. A body that breaks is an error to whoever reads it, so that a cut message never looks whole. One that makes no
-//! progress is broken by the worker's sweep (`progress`).
+//! back to the pool. A body that breaks is an error to whoever reads it, so that a cut message never looks whole: it goes on as the
+//! reset that the other side sent, or else, where it is an answer of gRPC, as UNAVAILABLE, which is what gRPC itself makes of a
+//! connection that ended. One that makes no progress is broken by the worker's sweep (`progress`).
+use std::error::Error as _;
 use std::fmt;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -13,21 +15,33 @@ use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use crate::fail;
 use crate::outbound::UnderWay;
 use crate::pool::Lease;
 use crate::progress::{Progress, Taken};
 
 /// Why a body ended before its end. It hides its cause, which is another connection's affair.
 #[derive(Debug)]
-pub struct Broken(pub &'static str);
+pub struct Broken {
+    why: &'static str,
+    /// What a stream of HTTP/2 is reset with: hyper looks for it here.
+    reset: Option<h2::Error>,
+}
 
 impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0)
+        f.write_str(self.why)
     }
 }
 
-impl std::error::Error for Broken {}
+impl std::error::Error for Broken {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.reset.as_ref().map(|error| error as _)
+    }
+}
+
+const LATE: &str = "the message made no progress";
+const ENDED: &str = "the connection that the message came over has ended";
 
 pub struct Relay {
     kind: Kind,
@@ -39,6 +53,8 @@ pub struct Relay {
     under_way: Option<UnderWay>,
     /// Set once the first of several pieces was given.
     taken: Option<Rc<Taken>>,
+    /// It may end with a status of ours.
+    is_grpc: bool,
 }
 
 enum Kind {
@@ -49,11 +65,19 @@ enum Kind {
 
 impl Relay {
     pub fn empty() -> Relay {
-        Relay { kind: Kind::Empty, progress: None, way: 0, lease: None, under_way: None, taken: None }
+        Relay { kind: Kind::Empty, progress: None, way: 0, lease: None, under_way: None, taken: None, is_grpc: false }
     }
 
     pub fn full(bytes: Bytes) -> Relay {
-        Relay { kind: Kind::Full(Some(bytes)), progress: None, way: 0, lease: None, under_way: None, taken: None }
+        Relay {
+            kind: Kind::Full(Some(bytes)),
+            progress: None,
+            way: 0,
+            lease: None,
+            under_way: None,
+            taken: None,
+            is_grpc: false,
+        }
     }
 
     /// A request's body.
@@ -61,16 +85,32 @@ impl Relay {
         if incoming.is_end_stream() {
             return Relay::empty();
         }
-        Relay { kind: Kind::Passing(incoming), progress, way: 0, lease: None, under_way: None, taken: None }
+        Relay {
+            kind: Kind::Passing(incoming),
+            progress,
+            way: 0,
+            lease: None,
+            under_way: None,
+            taken: None,
+            is_grpc: false,
+        }
     }
 
     /// An answer's body, with what it holds until its end.
-    pub fn answer(incoming: Incoming, lease: Lease, progress: Option<Rc<Progress>>) -> Relay {
+    pub fn answer(incoming: Incoming, lease: Lease, progress: Option<Rc<Progress>>, is_grpc: bool) -> Relay {
         if incoming.is_end_stream() {
             lease.finish();
             return Relay::empty();
         }
-        Relay { kind: Kind::Passing(incoming), progress, way: 1, lease: Some(lease), under_way: None, taken: None }
+        Relay {
+            kind: Kind::Passing(incoming),
+            progress,
+            way: 1,
+            lease: Some(lease),
+            under_way: None,
+            taken: None,
+            is_grpc,
+        }
     }
 
     pub fn hold(&mut self, under_way: UnderWay) {
@@ -84,6 +124,24 @@ impl Relay {
         if let Some(lease) = self.lease.take() {
             lease.finish();
         }
+    }
+
+    /// The end that isn't one.
+    fn broken(&mut self, why: &'static str, reset: Option<h2::Reason>) -> Result<Frame<Bytes>, Broken> {
+        self.kind = Kind::Empty;
+        self.lease = None;
+        match reset {
+            None if self.is_grpc => Ok(Frame::trailers(fail::unavailable(why))),
+            reset => Err(Broken { why, reset: reset.map(h2::Error::from) }),
+        }
+    }
+
+    /// What the other side broke it off with. Whoever gives a request up cancels it, however he does that; an answer that has begun was
+    /// not refused, whatever is said.
+    fn reset_of(&self, error: &hyper::Error) -> Option<h2::Reason> {
+        let told = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
+        let told = told.filter(|error| error.is_reset() && error.is_remote()).and_then(h2::Error::reason);
+        told.filter(|reason| *reason != h2::Reason::REFUSED_STREAM).or((self.way == 0).then_some(h2::Reason::CANCEL))
     }
 }
 
@@ -101,9 +159,7 @@ impl Body for Relay {
             Kind::Passing(incoming) => incoming,
         };
         if relay.progress.as_ref().is_some_and(|progress| progress.is_late()) {
-            relay.kind = Kind::Empty;
-            relay.lease = None;
-            return Poll::Ready(Some(Err(Broken("the message made no progress"))));
+            return Poll::Ready(Some(relay.broken(LATE, None)));
         }
         if let Some(taken) = &relay.taken {
             taken.asked();
@@ -114,6 +170,10 @@ impl Body for Relay {
                     progress.wait(relay.way, context);
                 }
                 Poll::Pending
+            }
+            // A reset without an error (NO_ERROR) is for what we still send, and hyper takes it for the end of what comes, too.
+            Poll::Ready(None) if incoming.size_hint().exact().is_some_and(|left| left > 0) => {
+                Poll::Ready(Some(relay.broken(ENDED, None)))
             }
             Poll::Ready(None) => {
                 relay.kind = Kind::Empty;
@@ -134,10 +194,9 @@ impl Body for Relay {
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(Some(Err(_))) => {
-                relay.kind = Kind::Empty;
-                relay.lease = None;
-                Poll::Ready(Some(Err(Broken("the connection that the message came over has ended"))))
+            Poll::Ready(Some(Err(error))) => {
+                let reset = relay.reset_of(&error);
+                Poll::Ready(Some(relay.broken(ENDED, reset)))
             }
         }
     }

@@ -13,7 +13,7 @@ use mesh_wire::delegated::{Reason, Spoken};
 use tokio::time::Instant;
 
 use crate::body::Relay;
-use crate::fail::Failure;
+use crate::fail::{self, Failure};
 use crate::forward;
 use crate::gauge::Gauge;
 use crate::pool::{Lease, Target};
@@ -26,7 +26,8 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub fn relay(self, progress: Option<Rc<Progress>>) -> Response<Relay> {
+    /// `is_http2`: whoever gets it is told its end by HTTP/2.
+    pub fn relay(self, progress: Option<Rc<Progress>>, is_http2: bool) -> Response<Relay> {
         let Answer { response, lease } = self;
         if let Some(progress) = &progress {
             progress.answered();
@@ -34,7 +35,8 @@ impl Answer {
         let (mut head, body) = response.into_parts();
         // In the words of HTTP/1.0 the answer would end with the connection, and one that was cut would look whole.
         head.version = Version::HTTP_11;
-        Response::from_parts(head, Relay::answer(body, lease, progress))
+        let is_grpc = is_http2 && fail::is_grpc(&head.headers);
+        Response::from_parts(head, Relay::answer(body, lease, progress, is_grpc))
     }
 }
 

@@ -103,15 +103,26 @@ pub fn last(mut response: Response<Relay>) -> Response<Relay> {
     response
 }
 
+/// How an answer of gRPC ends that broke off: its caller decides by the status whether to ask again.
+pub fn unavailable(text: &str) -> HeaderMap {
+    let mut fields = HeaderMap::with_capacity(2);
+    status(&mut fields, UNAVAILABLE, text);
+    fields
+}
+
 fn trailers_only(code: HeaderValue, text: &str) -> Response<Relay> {
     let mut response = Response::new(Relay::empty());
     let fields = response.headers_mut();
     fields.insert(CONTENT_TYPE, GRPC);
+    status(fields, code, text);
+    response
+}
+
+fn status(fields: &mut HeaderMap, code: HeaderValue, text: &str) {
     fields.insert(GRPC_STATUS, code);
     if let Ok(message) = HeaderValue::from_str(&percent(text)) {
         fields.insert(GRPC_MESSAGE, message);
     }
-    response
 }
 
 /// As gRPC writes a message: what isn't printable ASCII, and the percent sign, is escaped.

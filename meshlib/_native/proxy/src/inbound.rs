@@ -293,11 +293,11 @@ impl Guest {
             };
             let far = hyper::upgrade::on(&mut answer.response);
             tokio::task::spawn_local(switch::join(near, far, progress, self.visit.clone()));
-            let mut response = answer.relay(None);
+            let mut response = answer.relay(None, false);
             forward::offer(response.headers_mut());
             return response;
         }
-        answer.relay(progress)
+        answer.relay(progress, is_http2)
     }
 
     /// What nobody behind us needs to see.

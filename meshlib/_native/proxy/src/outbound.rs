@@ -282,6 +282,7 @@ impl Caller {
         }
         let is_switching = is_offered && ask.spoken == Spoken::Http1 && head.version != Version::HTTP_2;
         let has_body = !body.is_end_stream();
+        let is_http2 = head.version == Version::HTTP_2;
         match ask.spoken {
             Spoken::Http1 => forward::as_http1(&mut head, has_body)?,
             Spoken::Http2 => forward::as_http2(&mut head, ask.expect.is_some())?,
@@ -326,11 +327,11 @@ impl Caller {
             };
             let far = hyper::upgrade::on(&mut answer.response);
             tokio::task::spawn_local(switch::join(near, far, progress, self.visit.clone()));
-            let mut response = answer.relay(None);
+            let mut response = answer.relay(None, false);
             forward::offer(response.headers_mut());
             return Ok(response);
         }
-        Ok(answer.relay(progress))
+        Ok(answer.relay(progress, is_http2))
     }
 }
 
