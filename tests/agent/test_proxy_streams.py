@@ -191,6 +191,22 @@ def test_a_websocket_is_listed_and_ends_with_the_identity(world: World) -> None:
     until(lambda: world.proxy.stats()["inbound"]["orders"]["connections_open"] == 0)
 
 
+@pytest.mark.slow
+def test_a_websocket_is_cut_some_time_after_its_caller_was_told_to_come_again(world: World) -> None:
+    """Its entry is gone: for half a minute it may go on, as a stream of HTTP/2 may, and no longer."""
+    port = world.listen(world.application(websocket))
+    with unix_connect(world.data_socket(), "ws://orders/chat", additional_headers=asking(port)) as plug:
+        plug.recv(10)
+        begun = time.monotonic()
+        world.proxy.readmit(CALLER)
+        with pytest.raises(ConnectionClosed):
+            while time.monotonic() < begun + 40:
+                plug.send("still here")
+                assert plug.recv(10) == "still here"
+                time.sleep(0.2)
+        assert 25 < time.monotonic() - begun < 35
+
+
 class Breaking:
     """An endpoint of HTTP/2 that answers with half a message, and then ends in some way."""
 

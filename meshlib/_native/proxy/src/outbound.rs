@@ -155,6 +155,11 @@ pub struct UnderWay(pub Arc<Gauge>);
 impl UnderWay {
     pub fn begin(gauge: &Arc<Gauge>) -> UnderWay {
         gauge.requests.fetch_add(1, Relaxed);
+        UnderWay::go_on(gauge)
+    }
+
+    /// It goes on, though its answer has ended.
+    pub fn go_on(gauge: &Arc<Gauge>) -> UnderWay {
         gauge.active.fetch_add(1, Relaxed);
         UnderWay(gauge.clone())
     }

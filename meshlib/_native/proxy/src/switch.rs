@@ -8,28 +8,39 @@ use std::pin::{pin, Pin};
 use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{ready, Context, Poll};
+use std::time::Duration;
 
 use hyper::rt::{Read as _, ReadBuf, Write as _};
 use hyper::upgrade::{OnUpgrade, Upgraded};
-use tokio::time::sleep;
+use tokio::time::{sleep, Instant};
 
 use crate::gauge::{Told, Visit};
+use crate::limits;
+use crate::outbound::UnderWay;
 use crate::progress::Progress;
 use crate::serve;
 
 /// What waits between two sides.
 const PIECE: usize = 16 * 1024;
 
-/// It lasts no longer than what the caller proved, and ends when the caller's connection is cut.
+/// It lasts no longer than what the caller proved, and ends when the caller's connection is cut. One that is told to leave can't be
+/// asked to: it gets the time that a stream of HTTP/2 has.
 pub async fn join(near: OnUpgrade, far: OnUpgrade, progress: Rc<Progress>, visit: Rc<Visit>) {
     let (Ok(mut near), Ok(mut far)) = (near.await, far.await) else { return };
     progress.answered();
     let (mut up, mut down) = (Way::new(), Way::new());
     let gauge = visit.gauge();
+    let _under_way = UnderWay::go_on(gauge);
     let mut end = pin!(sleep(serve::lasts(gauge.not_after.load(Relaxed))));
+    let mut heard = None;
     let _: io::Result<()> = poll_fn(|context| {
-        let is_cut = gauge.poll_told(Some(Told::Leave), context).is_ready() || end.as_mut().poll(context).is_ready();
-        if is_cut || progress.is_late() {
+        while let Poll::Ready(told) = gauge.poll_told(heard, context) {
+            let time = if told == Told::Cut { Duration::ZERO } else { limits::GRACE };
+            let at = end.deadline().min(Instant::now() + time);
+            end.as_mut().reset(at);
+            heard = Some(told);
+        }
+        if end.as_mut().poll(context).is_ready() || progress.is_late() {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let there = up.poll(&mut near, &mut far, &progress, context)?;
