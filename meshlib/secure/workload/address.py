@@ -59,7 +59,9 @@ def agent_uid() -> int | None:
 def refuse_foreign_socket(socket: str, uid: int | None = None) -> None:
     """Raise IdentityError unless it is root's, ours or `uid`'s, and nobody else can put one in its place; OSError if it isn't there."""
     owners = {0, os.geteuid()} | ({uid} if uid is not None else set())
-    hint = "It must be the agent's: root's, ours, or the system user meshlib's; nobody else may write to a folder on the way to it."
+    hint = (
+        "It must be the agent's: root's, ours, or the system user meshlib's; nobody else may write to a folder on the way to it."
+    )
     for place, found, kind in _way_to(path_of(socket)):
         if found.st_uid not in owners:
             raise IdentityError(f"the {kind} {place} belongs to user {found.st_uid}, who is not the agent's.", hint=hint)
