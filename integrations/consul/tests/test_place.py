@@ -81,6 +81,16 @@ def test_wrong_keys_of_a_service_are_refused(settings: dict[str, Any]) -> None:
         open_registry({}).resolver("orders", settings)
 
 
+def test_unknown_settings_are_named_for_programs() -> None:
+    """So that each is told at its line, with the word that was meant."""
+    with pytest.raises(ConfigError) as caught:
+        open_registry({"ulr": "http://127.0.0.1:8500"})
+    assert (caught.value.unknown, "url" in caught.value.known) == (("ulr",), True)
+    with pytest.raises(ConfigError) as caught:
+        open_registry({}).resolver("orders", {"nmae": "x"})
+    assert (caught.value.unknown, "name" in caught.value.known) == (("nmae",), True)
+
+
 async def test_every_setting_reaches_consul(standin: StandInAgent) -> None:
     """As the parameter that it has there, and names with odd letters as they are."""
     registry = open_registry({"url": standin.url, "datacenter": "dc1", "stale": True})

@@ -510,6 +510,17 @@ def test_wrong_settings_are_told(settings: dict[str, Any], words: str) -> None:
     assert "hunter2" not in str(told.value)
 
 
+def test_unknown_settings_are_named_for_programs() -> None:
+    """So that each is told at its line, with the word that was meant."""
+    with pytest.raises(meshlib.ConfigError) as told:
+        open_registry({"ulr": "http://a", "pasword": {"env": "X"}})
+    assert (told.value.unknown, {"url", "password"} <= set(told.value.known)) == (("pasword", "ulr"), True)
+    registry = open_registry({"url": "http://a"})
+    with pytest.raises(meshlib.ConfigError) as told:
+        registry.register(Instance("orders", "o", "10.0.0.7:8443"), {"tll": "5s"})
+    assert (told.value.unknown, told.value.known) == (("tll",), ("name", "ttl"))
+
+
 @pytest.mark.parametrize(
     "url",
     ["etcd://h", "etcd://h/", "consul://h/k", "etcd://user:hunter2@h/k", "etcd://h/k?what=1", "etcd://h/k?timeout=1s&timeout=2s", "etcd://h/k?user=x",
