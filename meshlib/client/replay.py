@@ -18,8 +18,6 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 LIMIT = 64 * 1024
 # Bytes that the agent takes of a stream before it has a connection: the window of its HTTP/2 (limits.rs).
 AHEAD = 128 * 1024
-
-
 # How long the iterator of an upload that is not wanted any more may take to clean up before the call goes on.
 FAREWELL = 0.1
 

@@ -32,6 +32,7 @@ class NodeAgent:
         self.fault: bytes | None = None
         self.is_silent = False
         self.is_greedy = False
+        self.connections = 0
         self.secret = SECRET
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -61,6 +62,7 @@ class NodeAgent:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.connections += 1
         try:
             while (head := await _head(reader)) is not None:
                 if self.is_silent:

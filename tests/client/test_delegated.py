@@ -629,6 +629,28 @@ async def test_an_agent_that_ends_takes_nothing_of_a_body(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_body_waits_on_a_connection_that_was_used_before(tmp_path: Path, kind: str) -> None:
+    """What was heard on it is not taken for the word that the body may come."""
+    async with scripted(hello) as server, delegating(tmp_path, server) as (mesh, agent):
+        async with mesh.client() as http:
+            with mesh.sync_client() as blocking:
+
+                async def post(pieces: Pieces) -> Any:
+                    if kind == "async":
+                        return await http.post("http://orders/a", content=pieces.several())
+                    return await asyncio.to_thread(lambda: blocking.post("http://orders/a", content=pieces.one_by_one()))
+
+                for _ in range(3):
+                    assert word(await post(Pieces(100, 100))) == ["agent"]
+                assert agent.connections <= 2  # one may be that of the watch
+                agent.fault = failure("connect; written=0", "no connection.")
+                pieces = Pieces(100, 100)
+                with pytest.raises(errors.ConnectFailed):
+                    await post(pieces)
+                assert pieces.taken == 0
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
 async def test_a_body_that_waits_for_a_silent_agent_is_sent_by_the_process(tmp_path: Path, kind: str) -> None:
     """Of a call that may be repeated, and soon."""
     pieces = Pieces(*[40_000] * 4)
