@@ -71,6 +71,10 @@ def alarms_of(agent: Agent) -> list[tuple[str, str]]:
     """What isn't well: whom it is about ("" for the agent), and what it is."""
     own = [("", f"the configuration can't be used, the last good one stays: {agent.fault}")] if agent.fault else []
     own += [("", agent.late)] if agent.late else []
+    if agent.config.url and not agent.config.fresh:
+        own.append(
+            ("", f"{agent.source} can't be read: the configuration is the last one that was in force here, and may be old")
+        )
     return [*own, *agent.issuer.alarms, *agent.data.alarms]
 
 

@@ -411,7 +411,8 @@ class Agent:
             hearing = asyncio.ensure_future(origin.changed())
             try:
                 # What could not be used may need something beside it, which comes about without a word of the registry's.
-                await asyncio.wait({hearing}, timeout=RETRY if self.fault else None)
+                while not (await asyncio.wait({hearing}, timeout=RETRY))[0] and not self.fault:
+                    pass
                 if hearing.done():
                     hearing.result()
             except Exception as error:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from meshlib import cli
+from meshlib.agent import report
 from meshlib.agent.run import Agent, configured
 from meshlib.errors import ConfigError, MeshError
 from meshlib.secure import CertificateAuthority
@@ -148,6 +149,22 @@ async def test_the_agent_starts_with_what_was_in_force_last(folder: Path, regist
     registry.write(None)
     async with serving() as agent:
         assert list(agent.issuer.identities) == [ORDERS]
+        ((_, alarm),) = report.alarms_of(agent)
+        assert "may be old" in alarm
+        registry.write(text_of(folder, "orders"))
+        await until(lambda: not report.alarms_of(agent))
+
+
+async def test_a_failed_reload_is_tried_again_in_the_middle_of_a_wait(
+    folder: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody sends SIGHUP while the registry is away for a moment, and nothing changes there afterwards."""
+    monkeypatch.setattr("meshlib.agent.run.RETRY", 0.2)
+    async with serving() as agent:
+        text, registry._text = registry._text, None
+        assert not await agent.reload(is_asked=True)
+        registry._text = text
+        await until(lambda: not agent.fault)
 
 
 @pytest.mark.parametrize("words", [["agent", "run"], ["agent", "status"], ["status"], ["suggest"]])
