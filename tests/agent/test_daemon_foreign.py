@@ -99,7 +99,8 @@ def test_an_application_that_lets_nobody_connect_is_an_alarm_until_it_does(node:
     folder, port = node
     path = folder / "run" / "app.sock"
     with running(folder, before=BEFORE) as daemon:
-        assert f"the agent is user {NOBODY}, whom services of other users (uid 0, {THEIRS}) don't believe" in daemon.text
+        distrust = f"the agent is user {NOBODY}, whom services of other users (uid 0, {THEIRS}) don't believe"
+        until(lambda: distrust in daemon.text, why=lambda: daemon.text)
         assert daemon.ask("/health")[1]["status"] == "ok"  # nobody has called a server that isn't there yet
         with served(path, "022"):
             until(lambda: daemon.ask("/health")[1]["status"] == "degraded")
@@ -110,6 +111,7 @@ def test_an_application_that_lets_nobody_connect_is_an_alarm_until_it_does(node:
             assert "hypercorn --umask 0" in alarm["message"]
             (row,) = daemon.ask("/connections")[1]["listeners"]
             assert (row["is_open"], row["error"]) == (True, alarm["message"])
+            until(lambda: "its application can't be reached" in daemon.text)
             assert daemon.text.count("its application can't be reached") == 1
         with served(path, "000"):
             until(lambda: daemon.ask("/health")[1]["status"] == "ok")
