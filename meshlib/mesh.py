@@ -403,7 +403,7 @@ class Mesh:
         from .server.grpc import add_port
 
         port = add_port(self.start(), server, address, plain=plain)
-        self._upkeep.has_grpc, self._upkeep.listen = True, f"{address.rpartition(':')[0]}:{port}"
+        self._upkeep.grpc = self._upkeep.listen = f"{address.rpartition(':')[0]}:{port}"
         return port
 
     def add_grpc_health(self, server: Any, *names: str) -> None:

@@ -38,8 +38,8 @@ WRITE: Final = 5.0
 class Upkeep:
     """The keeper's work for one mesh in one process.
 
-    `is_ready`: nobody has asked it to drain. `listen` is where the process listens, if not where the configuration says, and `has_grpc`
-    whether it serves gRPC by a port of ours.
+    `is_ready`: nobody has asked it to drain. `listen` is where the process listens, if not where the configuration says, and `grpc` the
+    port of ours by which it serves gRPC, "" for none.
     """
 
     def __init__(self, mesh: Mesh, reload: Reload) -> None:
@@ -54,7 +54,7 @@ class Upkeep:
         self._recorder = _recorder_of(mesh.config)
         self.is_ready = True
         self.listen = ""
-        self.has_grpc = False
+        self.grpc = ""
 
     @property
     def is_started(self) -> bool:
@@ -136,6 +136,10 @@ class Upkeep:
     def after_fork(self) -> None:
         self._listener = None
         self._lock = threading.Lock()
+        # A gRPC server stays with the parent. A listener that `serve` has opened is there for its workers, who know it by this.
+        if self.listen == self.grpc:
+            self.listen = ""
+        self.grpc = ""
 
     def _serve_metrics(self, address: str) -> None:
         from .observe.exporter import MetricsListener
@@ -163,7 +167,7 @@ class Upkeep:
         own, drain = mesh.config.own, drain_of(mesh)
         if own.register is None:
             await mesh.registrar.leave()
-        elif drain.is_serving and (self.has_grpc or any(not way.is_asleep for way in tuple(mesh.ways))):
+        elif drain.is_serving and (self.grpc or any(not way.is_asleep for way in tuple(mesh.ways))):
             if not self._leaves:
                 self._leaves = True
                 drain.on_leave(mesh.registrar.leave)

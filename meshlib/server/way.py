@@ -284,7 +284,8 @@ class InboundWay:
             log.warning("%s", error)
 
     def sleep(self) -> None:
-        self.is_asleep = self.wake is not None
+        # Also one that has nothing to wake: its server stayed with the parent, and this process serves when a call comes.
+        self.is_asleep = True
         self.is_closing = False
         self.room.renew()
         self._meter = None

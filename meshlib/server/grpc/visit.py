@@ -69,6 +69,8 @@ class Reception:
         `is_known`: there is a handler for its method.
         """
         way = self.way
+        if way.is_asleep:
+            way.rise_quietly()
         now = way.clock()
         peer, address = self._peer_of(context.auth_context()), address_of(context.peer())
         left = context.time_remaining()
