@@ -10,6 +10,8 @@ from typing import Any, TypeAlias, final
 from _typeshed import ReadableBuffer
 
 _Headers: TypeAlias = list[tuple[bytes, bytes]]
+# Address, weight, zone, labels, identity; and whether the source doesn't tell it any more.
+_Endpoint: TypeAlias = tuple[str, float, str, Mapping[str, str], str] | tuple[str, float, str, Mapping[str, str], str, bool]
 
 __all__ = [
     "AWAIT",
@@ -117,15 +119,13 @@ class Engine:
     """All outbound decisions of one process: routes, balancers, breakers, budgets. State of Services, Backends and Endpoints."""
     def __new__(cls, seed: int) -> Engine: ...
     def publish(self, plan: bytes, now: float) -> None: ...
-    def resolve(
-        self, service: str, version: int, endpoints: Sequence[tuple[str, float, str, Mapping[str, str], str]], now: float
-    ) -> None: ...
+    def resolve(self, service: str, version: int, endpoints: Sequence[_Endpoint], now: float) -> None: ...
     def amend(
         self,
         service: str,
         base: int,
         version: int,
-        changed: Sequence[tuple[str, float, str, Mapping[str, str], str]],
+        changed: Sequence[_Endpoint],
         gone: Sequence[str],
         now: float,
     ) -> bool: ...

@@ -24,7 +24,8 @@ from .resolver import Change, EndpointAddress, Resolver, Snapshot
 
 logger = logging.getLogger("meshlib.discover")
 
-Row = tuple[str, float, str, Mapping[str, str], str]
+# Address, weight, zone, labels, identity, and whether the source doesn't tell it any more.
+Row = tuple[str, float, str, Mapping[str, str], str, bool]
 
 GATHER = 0.02  # seconds
 # Above this part of all endpoints an amendment costs no less than a whole list.
@@ -135,7 +136,8 @@ class Entry:
         self._all = None
         if is_small:
             found = [(address, self.table.find(address)) for address in touched]
-            changed = [_row(endpoint) for _, endpoint in found if endpoint is not None]
+            kept = self.table.kept
+            changed = [_row(endpoint, address in kept) for address, endpoint in found if endpoint is not None]
             gone = [address for address, endpoint in found if endpoint is None]
             is_taken = engine.amend(self.name, self.version, version, changed, gone, now)
         else:
@@ -206,14 +208,14 @@ class Entry:
         }
 
 
-def _row(endpoint: EndpointAddress) -> Row:
-    return endpoint.address, endpoint.weight, endpoint.zone, dict(endpoint.labels), endpoint.identity
+def _row(endpoint: EndpointAddress, is_held: bool) -> Row:
+    return endpoint.address, endpoint.weight, endpoint.zone, dict(endpoint.labels), endpoint.identity, is_held
 
 
 def _rows(table: Table) -> list[Row]:
     rows = []
     for endpoint in table:
-        rows.append(_row(endpoint))
+        rows.append(_row(endpoint, endpoint.address in table.kept))
         if not len(rows) % SLICE:
             time.sleep(0)  # other threads have calls under way
     return rows

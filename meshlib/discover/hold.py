@@ -8,8 +8,9 @@ is believed after five minutes of the same verdict (those in which the source ca
 and it is no loss any more when enough have come back.
 
 Counted is the loss of endpoints, not their exchange: a service that moves to other addresses with the same number of them is a
-deployment, and a slow scale-down never halves within the window. One that is quick is held back for its five minutes, which costs little,
-since passive health ejects an endpoint that is really gone at the first refused connect. Nobody judges files and static lists: a person
+deployment, and a slow scale-down never halves within the window. One that is quick is held back for its five minutes, which costs little:
+the engine knows who is only held, and ejects each of those that is really gone at the first refused connect, however many they are, as
+long as somebody is told. Nobody judges files and static lists: a person
 wrote them (`seconds` is 0).
 """
 
@@ -31,7 +32,8 @@ class Table:
     """What is told of one Service's endpoints, and what of it is believed.
 
     `told` is what the source says, `kept` what it doesn't say any more and what is used all the same. `since` is when that began, None
-    while nothing is held back; `times` is how often it did. Its methods answer the addresses of which something has changed.
+    while nothing is held back; `times` is how often it did. Its methods answer the addresses of which something has changed, also
+    if it is only that they are held from now on.
     """
 
     __slots__ = ("_base", "_fresh", "_past", "kept", "seconds", "since", "times", "told")
@@ -114,7 +116,7 @@ class Table:
             if is_loss and self.seconds:
                 self.since, self.kept, self._base, self._fresh = now, lost, most, came
                 self.times += 1
-                return set()
+                return set(lost)
             self._note(before, now)
             return set(lost)
         really = {address for address in lost if address in self._fresh}
@@ -124,7 +126,7 @@ class Table:
             return really | self._let_go(now, is_believed=False)
         if now - self.since >= self.seconds:
             return really | self._let_go(now, is_believed=True)
-        return really
+        return set(lost)
 
     def _let_go(self, now: float, *, is_believed: bool) -> set[str]:
         """Nothing is held back any more. Is the loss believed, it is forgotten how many there were."""

@@ -56,6 +56,13 @@ class Orders:
         for number in numbers:
             await asyncio.to_thread(self.etcd.instance, "orders", f"o{number}", self.servers[number].address)
 
+    async def leave(self, first: int) -> None:
+        """All from this one on (of ten at most) go as they should: together out of etcd, and then nobody listens there any more."""
+        await asyncio.to_thread(self.etcd.delete, f"/meshlib/services/orders/o{first}", "/meshlib/services/orders/o:")
+        await asyncio.sleep(0.5)
+        for server in self.servers[first:]:
+            await server.stop()
+
     async def until_called(self, *numbers: int, patience: float) -> float:
         """Each of them was called from now on; how many seconds it took."""
         before = self.served.copy()
@@ -87,14 +94,14 @@ class Orders:
 
 
 @contextlib.asynccontextmanager
-async def orders_under_load(folder: Path) -> AsyncIterator[Orders]:
-    """Three servers in etcd, a fourth that isn't, and calls at `RATE`."""
+async def orders_under_load(folder: Path, entered: int = 3, policy: str = "round_robin") -> AsyncIterator[Orders]:
+    """So many servers in etcd, one more that isn't, and calls at `RATE`."""
     etcd = Etcd(folder)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(etcd.kill)
         await asyncio.to_thread(etcd.start)
         servers = []
-        for number in range(4):
+        for number in range(entered + 1):
 
             async def answer(server: Scripted, request: Request, number: int = number) -> bytes:
                 return ok(b"%d" % number)
@@ -102,15 +109,15 @@ async def orders_under_load(folder: Path) -> AsyncIterator[Orders]:
             server = await stack.enter_async_context(scripted(answer))
             server.requests = Unkept()
             servers.append(server)
-        for number in range(3):
+        for number in range(entered):
             await asyncio.to_thread(etcd.instance, "orders", f"o{number}", servers[number].address)
         registries = {"etcd": {"url": etcd.url, "cache": False}}
-        services = {"orders": {"discover": {"registry": "etcd"}, "balance": {"policy": "round_robin"}}}
+        services = {"orders": {"discover": {"registry": "etcd"}, "balance": {"policy": policy}}}
         mesh = stack.enter_context(mesh_of(folder, services, registries=registries))
         orders = Orders(etcd, servers, mesh, await stack.enter_async_context(mesh.client()))
         driving = asyncio.create_task(orders.drive())
         stack.callback(driving.cancel)
-        await orders.until_called(0, 1, 2, patience=5.0)
+        await orders.until_called(*range(entered), patience=5.0)
         yield orders
         if driving.done():
             driving.result()

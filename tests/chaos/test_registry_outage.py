@@ -1,4 +1,5 @@
-"""Does any call feel it that the registry is away for long, stands still, or has forgotten everything? And is it run over when it is back?
+"""Does any call feel it that the registry is away for long, stands still, or has forgotten everything? And where it tells the truth,
+that most of a service has gone? Is it run over when it is back?
 
 A real etcd. A mesh calls a service that it finds there, a hundred times a second whatever becomes of the calls before, while etcd is
 killed for twenty seconds (`MESHLIB_CHAOS=long`: ten minutes), paused, or started again without its data. Then two hundred clients, each
@@ -104,6 +105,23 @@ async def test_no_call_fails_when_the_registry_comes_back_empty(tmp_path: Path) 
         assert alarm == {"held": 1.0, "holds_total": 1.0, "kept": 3.0, "endpoints": 3.0}
         assert held <= SOON
         assert age >= CONFIRMED
+
+
+@pytest.mark.parametrize("policy", ["peak_ewma", "round_robin"])
+@pytest.mark.parametrize("left", [1, 3])
+async def test_no_call_fails_when_most_of_a_service_has_gone(tmp_path: Path, policy: str, left: int) -> None:
+    """What etcd says is true for once, and not believed for five minutes: those that are gone are tried once, and then left alone."""
+    async with orders_under_load(tmp_path, 10, policy) as orders:
+        await asyncio.sleep(1.0)
+        await orders.leave(left)
+        served = orders.served.copy()
+        await asyncio.sleep(10.0)
+        row = orders.row
+        said = await orders.rest()
+        print(f"\n10 -> {left}, {policy}: {said}; {row['kept']} are held")
+        assert (row["is_held"], row["kept"]) == (True, 10 - left)
+        assert orders.failed == []
+        assert all(orders.served[number] > served[number] for number in range(left))
 
 
 async def test_two_hundred_clients_do_not_run_over_a_registry_that_restarts(tmp_path: Path) -> None:

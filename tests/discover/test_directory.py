@@ -132,8 +132,8 @@ def test_static_endpoints_are_there_when_follow_returns(world: World) -> None:
         'weight: 3, identity: "spiffe://shop.internal/x"}]}}\n'
     )
     assert world.engine.rows == [
-        ("127.0.0.1:1", 1.0, "", {}, ""),
-        ("127.0.0.1:2", 3.0, "a", {"version": "v2"}, "spiffe://shop.internal/x"),
+        ("127.0.0.1:1", 1.0, "", {}, "", False),
+        ("127.0.0.1:2", 3.0, "a", {"version": "v2"}, "spiffe://shop.internal/x", False),
     ]
     assert world.row("orders")["age"] == 0.0
 
@@ -290,7 +290,7 @@ def test_dns_that_loses_most_is_held_back_for_five_minutes(tmp_path: Path, caplo
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "leaves 1 of 4 endpoints" in caplog.text
     world.after(6.0)
-    assert world.engine.taken[-1] == ("orders", 2, ["10.0.0.1:80"])
+    assert world.engine.taken[-1] == ("orders", 3, ["10.0.0.1:80"])
     assert (world.row("orders")["is_held"], world.row("orders")["age"]) == (False, 0.0)
 
 
@@ -336,7 +336,7 @@ def test_confirmed_loss_is_believed_at_once(tmp_path: Path) -> None:
     world.after(6.0)
     assert world.directory.confirm("orders") is True
     world.after(0.0)
-    assert world.engine.taken[-1] == ("orders", 2, ["10.0.0.1:80"])
+    assert world.engine.taken[-1] == ("orders", 3, ["10.0.0.1:80"])
 
 
 def test_engine_that_refuses_does_not_end_the_looks(world: World) -> None:
@@ -440,7 +440,7 @@ def test_development_reaches_nothing_beyond_this_machine(tmp_path: Path, monkeyp
         world.follow(FILE + local)
     (tmp_path / "orders.yaml").write_text('- {address: "127.0.0.1:80", identity: "spiffe://shop.internal/x"}\n')
     world.follow(FILE + local)
-    assert world.engine.rows == [("127.0.0.1:80", 1.0, "", {}, "")]
+    assert world.engine.rows == [("127.0.0.1:80", 1.0, "", {}, "", False)]
     world.keep()
     names.answer = ["10.0.0.1"]
     world.after(6.0)

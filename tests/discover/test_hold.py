@@ -184,8 +184,10 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_what_is_touched_is_what_is_different(steps: list[tuple[str, set[int], float]]) -> None:
-    """Whatever is told: who applies only the touched addresses has the whole; and the service never loses more than half within the hold."""
-    table, mine, now, begun = table_of(*FOUR), {e.address: e for e in FOUR}, 0.0, len(FOUR)
+    """Whatever is told: who applies only the touched addresses has the whole, and knows what is only held; and the service never loses
+    more than half within the hold.
+    """
+    table, mine, now, begun = table_of(*FOUR), {e.address: (e, False) for e in FOUR}, 0.0, len(FOUR)
     for what, numbers, step in steps:
         now += step
         endpoints = some(*sorted(numbers))
@@ -201,8 +203,8 @@ def test_what_is_touched_is_what_is_different(steps: list[tuple[str, set[int], f
             if found is None:
                 mine.pop(address, None)
             else:
-                mine[address] = found
-        assert mine == {e.address: e for e in table}
+                mine[address] = found, address in table.kept
+        assert mine == {e.address: (e, e.address in table.kept) for e in table}
         assert not set(table.told) & set(table.kept)
         if table.is_holding and not was_held:
             begun = before

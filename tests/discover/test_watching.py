@@ -100,6 +100,26 @@ def test_first_state_is_there_when_start_returns(world: World) -> None:
     assert world.directory.waiting == ()
 
 
+def test_engine_knows_which_endpoints_are_only_held(world: World) -> None:
+    """Those that the registry doesn't tell any more, from the first of them on, and until it tells them again."""
+
+    def held() -> list[str]:
+        return sorted(row[0] for row in world.engine.has["orders"][1].values() if row[5])
+
+    world.system.put("orders", *some(*range(1, 9)))
+    world.begin()
+    assert held() == []
+    world.system.remove("orders", *names(1, 2, 3, 4, 5))
+    until(lambda: held() == names(1, 2, 3, 4, 5))
+    world.system.remove("orders", *names(6))
+    until(lambda: held() == names(1, 2, 3, 4, 5, 6))
+    world.system.put("orders", *some(2))
+    until(lambda: held() == names(1, 3, 4, 5, 6))
+    assert world.addresses() == names(*range(1, 9))
+    assert world.directory.confirm("orders")
+    assert (world.addresses(), held()) == (names(2, 7, 8), [])
+
+
 def test_age_is_that_of_the_answer(world: World) -> None:
     """Not of its arrival: a copy tells as of when it was true. What comes from the future, or doesn't tell, is as of now."""
 

@@ -105,13 +105,24 @@ impl Headers for HeaderList<'_, '_> {
 /// Endpoints that are read from Python at a time, while the interpreter waits: about 0.1 ms.
 const SLICE: usize = 256;
 
-type Found = (String, f64, String, BTreeMap<String, String>, String);
+/// The parts of an endpoint that is told.
+const TOLD: usize = 5;
+
+/// As discovery has them; without its last part, an endpoint is told.
+type Found = (String, f64, String, BTreeMap<String, String>, String, bool);
+type Told = (String, f64, String, BTreeMap<String, String>, String);
 
 fn read(py: Python<'_>, endpoints: &Bound<'_, PyAny>) -> PyResult<Vec<Address>> {
     let mut found = Vec::with_capacity(endpoints.len().unwrap_or(0));
     for endpoint in endpoints.try_iter()? {
-        let (address, weight, zone, labels, identity): Found = endpoint?.extract()?;
-        found.push(Address { address, weight, zone, labels, identity });
+        let endpoint = endpoint?;
+        let (address, weight, zone, labels, identity, is_held): Found = if endpoint.len()? == TOLD {
+            let (address, weight, zone, labels, identity): Told = endpoint.extract()?;
+            (address, weight, zone, labels, identity, false)
+        } else {
+            endpoint.extract()?
+        };
+        found.push(Address { address, weight, zone, labels, identity, is_held });
         if found.len() % SLICE == 0 {
             // Other threads have calls under way, and must not wait for ten thousand endpoints.
             py.detach(std::thread::yield_now);

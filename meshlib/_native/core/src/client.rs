@@ -314,8 +314,14 @@ fn guard_of(plan: &ServicePlan, name: &str, zone: &Zone, known: Option<&Arc<Serv
 /// What a guard calls: the one endpoint that it has.
 fn with_function(service: Service, zone: &Zone, now: Duration) -> Service {
     let address = service.plan.name.trim_start_matches(GUARD).to_owned();
-    let function =
-        Address { address, weight: 1.0, zone: String::new(), labels: Labels::new(), identity: String::new() };
+    let function = Address {
+        address,
+        weight: 1.0,
+        zone: String::new(),
+        labels: Labels::new(),
+        identity: String::new(),
+        is_held: false,
+    };
     service.resolve(1, &[function], zone, now);
     service
 }

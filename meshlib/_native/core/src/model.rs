@@ -364,6 +364,8 @@ pub struct Address {
     pub labels: BTreeMap<String, String>,
     /// The SPIFFE ID of this endpoint; empty takes the service's.
     pub identity: String,
+    /// The source doesn't tell it any more, and may be wrong about that.
+    pub is_held: bool,
 }
 
 /// What became of an attempt, as its driver saw it. The numbers are part of the seam (`OUTCOME_*` in `_core.pyi`).

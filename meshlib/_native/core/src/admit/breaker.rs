@@ -195,6 +195,11 @@ impl Breaker {
         self.is_failing
     }
 
+    /// The last failure was a dead connection.
+    pub fn is_dead(&self) -> bool {
+        self.is_dead
+    }
+
     /// Until when no probe is due.
     pub fn until(&self) -> Duration {
         Duration::from_nanos(self.until)

@@ -18,6 +18,16 @@ pub struct Eligible<'a> {
     pub is_panic: bool,
     /// Endpoints that this call has tried already.
     pub tried: &'a [u32],
+    pub held: Held,
+}
+
+/// Who of those that the source doesn't tell any more counts, where it tells others?
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    None,
+    /// Those that aren't out: two witnesses against it are more than panic ignores.
+    Well,
+    All,
 }
 
 impl Eligible<'_> {
@@ -77,8 +87,14 @@ impl View for Eligible<'_> {
         if endpoint.weight <= 0.0 {
             return false;
         }
-        let is_healthy = !endpoint.state.is_out() || (self.is_panic && !endpoint.state.is_isolated());
-        is_healthy && !self.tried.contains(&(place as u32))
+        let is_out = endpoint.state.is_out();
+        let is_healthy = !is_out || (self.is_panic && !endpoint.state.is_isolated());
+        let counts = match self.held {
+            Held::All => true,
+            Held::Well => !is_out || !self.fleet.is_held(place),
+            Held::None => !self.fleet.is_held(place),
+        };
+        is_healthy && counts && !self.tried.contains(&(place as u32))
     }
 
     fn latency(&self, index: usize) -> f64 {
@@ -95,8 +111,7 @@ impl View for Eligible<'_> {
     }
 
     fn share(&self, index: usize) -> f64 {
-        let (healthy, total) = self.backend.health();
-        let sum = f64::from(self.backend.weight) * f64::from(healthy.max(1)) / f64::from(total.max(1));
+        let sum = f64::from(self.backend.weight) * self.backend.healthy_part();
         self.endpoint(index).map_or(0.0, |(_, endpoint)| f64::from(endpoint.weight) / sum.max(1e-9))
     }
 

@@ -25,6 +25,7 @@ use crate::model::{seconds, Address, BalancePlan, BalancePolicy, LocalityPolicy,
 use crate::random::Random;
 
 mod amend;
+mod held;
 
 pub type Labels = BTreeMap<String, String>;
 
@@ -57,6 +58,10 @@ pub struct Fleet {
     callers: Mutex<Vec<u32>>,
     /// The number of our own zone, where calls go by the zones' shares.
     shared_from: Option<u32>,
+    /// Places of those that the source doesn't tell any more, in order; none most of the time.
+    held: Vec<u32>,
+    /// It tells others that take traffic.
+    has_told: bool,
     /// Endpoints that a breaker, a check or a person took out.
     out: AtomicU32,
     /// The largest weight, and the mean of those that reported one (f32 bits).
@@ -92,6 +97,10 @@ pub struct Backend {
     /// Members that take traffic, and how many of those a breaker, a check or a person took out.
     able: u32,
     out: AtomicU32,
+    /// Those members of `able` that the source tells, and how many of the others are out: as both say that they are gone, they are
+    /// missing to nobody.
+    told: u32,
+    gone: AtomicU32,
     /// The sum of its weights.
     pub weight: f32,
     pub turn: Stride,
@@ -123,6 +132,8 @@ impl Default for Fleet {
             index: OnceLock::new(),
             callers: Mutex::default(),
             shared_from: None,
+            held: Vec::new(),
+            has_told: true,
             out: AtomicU32::new(0),
             top: AtomicU32::new(0),
             mean: AtomicU32::new(0),
@@ -134,8 +145,8 @@ impl Fleet {
     /// The fleet of these addresses for a Service; what `old` knew of an address is kept.
     pub fn compile(service: &Service, version: u64, addresses: &[Address], old: &Fleet, now: Duration) -> Self {
         let plan = &service.plan;
-        let known: AHashMap<&str, &Arc<EndpointState>> =
-            old.endpoints.iter().map(|e| (old.address(e), &e.state)).collect();
+        let known: AHashMap<&str, usize> =
+            old.endpoints.iter().enumerate().map(|(place, e)| (old.address(e), place)).collect();
         // The first fleet has nobody to compare with: all are as warm as each other.
         let warms_up = plan.balance.slow_start > 0.0 && !old.endpoints.is_empty();
         let mut fleet = Self {
@@ -154,10 +165,12 @@ impl Fleet {
             // A service without identity is plain by configuration, whatever discovery says of one endpoint.
             let is_common = found.identity.is_empty() || plan.identity.is_empty();
             let wanted = if is_common { &plan.identity } else { &found.identity };
-            let state = match known.get(&*found.address) {
-                Some(state) => (*state).clone(),
+            let place = known.get(&*found.address).filter(|place| !old.begins_anew(**place, found));
+            let state = match place.and_then(|place| old.endpoints.get(*place)) {
+                Some(endpoint) => endpoint.state.clone(),
                 None => Arc::new(EndpointState::new(&plan.balance, warms_up, now)),
             };
+            fleet.hold(found.is_held);
             let at = fleet.text.len() as u32;
             fleet.text.push_str(&found.address);
             fleet.endpoints.push(Endpoint {
@@ -178,6 +191,7 @@ impl Fleet {
     /// What follows from the endpoints: counts, tables, backends.
     fn settle(&mut self, service: &Service, old: &Fleet, now: Duration) {
         let (plan, fleet) = (&service.plan, self);
+        fleet.has_told = fleet.tells();
         let weights = || fleet.endpoints.iter().map(|e| e.weight).filter(|weight| *weight > 0.0);
         let mut top = weights().fold(0.0, f32::max);
         if plan.balance.policy == BalancePolicy::RoundRobin {
@@ -343,11 +357,12 @@ impl Fleet {
         if self.endpoints.get(place).is_none_or(|e| e.weight <= 0.0) {
             return;
         }
+        let is_held = self.is_held(place);
         for (_, backend) in &self.distinct {
-            backend.count_out(place, is_out);
+            backend.count_out(place, is_out, is_held);
         }
         for (_, backend) in self.subsets.lock().iter() {
-            backend.count_out(place, is_out);
+            backend.count_out(place, is_out, is_held);
         }
     }
 
@@ -455,6 +470,8 @@ impl Backend {
             shares: Box::default(),
             able: 0,
             out: AtomicU32::new(0),
+            told: 0,
+            gone: AtomicU32::new(0),
             weight: 0.0,
             turn: Stride::new(start),
             table: Table::None,
@@ -463,7 +480,10 @@ impl Backend {
             (0..backend.count(fleet)).filter_map(|n| backend.place(n)).map(|place| place as u32).collect();
         let able = || places.iter().filter_map(|place| fleet.endpoints.get(*place as usize)).filter(|e| e.weight > 0.0);
         backend.able = able().count() as u32;
-        *backend.out.get_mut() = able().filter(|e| e.state.is_out()).count() as u32;
+        backend.told = backend.told(fleet);
+        let (out, gone) = backend.counted(fleet);
+        *backend.out.get_mut() = out;
+        *backend.gone.get_mut() = gone;
         backend.weight = able().map(|e| e.weight).sum();
         backend.table = Table::build(&places, fleet, service, is_whole);
         if is_whole && fleet.zones.len() > 1 {
@@ -500,26 +520,36 @@ impl Backend {
         self.members.as_ref().is_none_or(|members| members.binary_search(&(place as u32)).is_ok())
     }
 
-    fn count_out(&self, place: usize, is_out: bool) {
+    fn count_out(&self, place: usize, is_out: bool, is_held: bool) {
         if !self.has(place) {
             return;
         }
         step(&self.out, is_out);
+        if is_held && self.has_doubtful() {
+            step(&self.gone, is_out);
+        }
         for part in self.zones.iter().chain(&self.tiers) {
-            part.count_out(place, is_out);
+            part.count_out(place, is_out, is_held);
         }
     }
 
-    /// How many are healthy, and how many there are. Who has no weight takes no traffic and counts for neither.
+    /// How many are healthy, and how many there are. Who has no weight takes no traffic and counts for neither, and nor does who is out
+    /// and isn't told either.
     pub fn health(&self) -> (u32, u32) {
-        (self.able.saturating_sub(self.out() as u32), self.able)
+        let healthy = self.able.saturating_sub(self.out() as u32);
+        (healthy, self.able.saturating_sub(self.gone.load(Ordering::Acquire)).max(healthy))
+    }
+
+    /// The part of its members that is healthy.
+    pub fn healthy_part(&self) -> f64 {
+        f64::from(self.health().0.max(1)) / f64::from(self.able.max(1))
     }
 
     /// Its members' health from the beginning.
     fn recount(&self, fleet: &Fleet) {
-        let is_out = |place: usize| fleet.endpoints.get(place).is_some_and(|e| e.weight > 0.0 && e.state.is_out());
-        let out = (0..self.count(fleet)).filter_map(|n| self.place(n)).filter(|place| is_out(*place)).count();
-        self.out.store(out as u32, Ordering::Release);
+        let (out, gone) = self.counted(fleet);
+        self.out.store(out, Ordering::Release);
+        self.gone.store(gone, Ordering::Release);
         self.zones.iter().chain(&self.tiers).for_each(|part| part.recount(fleet));
     }
 

@@ -4,6 +4,12 @@
 //! balance reads without a lock, the list of ejected endpoints in which probes are found, and the counts of each Backend by which panic
 //! and zones go. All four change in `Service::transition` and nowhere else, under one lock (`Ejected`), so that they can't disagree.
 //! Who may be ejected at all (at most half, never the last) is decided here too; what a breaker thinks of a result is `admit`'s.
+//!
+//! Some endpoints may only be held: the registry doesn't tell them any more, and discovery keeps them in case that it is wrong. As long as
+//! they answer they are like all others. One at which nobody is (a dead connection, or somebody else's identity) is ejected whatever the cap
+//! says, and is not counted any more, neither by the cap nor by panic: two witnesses say that it is gone, and to keep half of such in would
+//! fail the calls that it gets. That holds only while the registry tells somebody. Where it tells nobody it is not believed at all, and the
+//! rules are the ordinary ones.
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,6 +75,11 @@ impl EndpointState {
         self.is_out.load(Ordering::Acquire)
     }
 
+    /// A breaker took it out, and not a check or a person.
+    pub fn is_ejected(&self) -> bool {
+        self.is_out() && matches!(self.health.lock().breaker.state, State::Open | State::HalfOpen)
+    }
+
     pub fn is_isolated(&self) -> bool {
         self.is_isolated.load(Ordering::Acquire)
     }
@@ -106,7 +117,7 @@ impl Service {
     fn transition(&self, state: &Arc<EndpointState>, signal: Signal, change: impl FnOnce(&mut Health)) -> bool {
         let mut ejected = self.state.ejected.lock();
         let fleet = self.newest();
-        if signal == Signal::Trip && !self.may_eject(&fleet, ejected.len()) {
+        if signal == Signal::Trip && !self.may_eject(&fleet, state, &ejected) {
             return false;
         }
         let mut health = state.health.lock();
@@ -274,13 +285,31 @@ impl Service {
 
     /// At most a share of the endpoints, and never the last one: an outage of all must not look like an outage of the mesh. A guard
     /// has one function and no other, so its breaker may open.
-    fn may_eject(&self, fleet: &Fleet, ejected: usize) -> bool {
+    fn may_eject(&self, fleet: &Fleet, state: &Arc<EndpointState>, ejected: &[Arc<EndpointState>]) -> bool {
         if self.plan.is_guard {
             return true;
         }
-        let total = fleet.endpoints.len();
+        let is_doubtful =
+            |state: &Arc<EndpointState>| fleet.place_of(state).is_some_and(|place| fleet.is_doubtful(place));
+        let (mut total, mut out, mut count) = (fleet.endpoints.len(), fleet.out(), ejected.len());
+        if is_doubtful(state) {
+            if state.health.lock().breaker.is_dead() {
+                return true;
+            }
+        } else {
+            let gone = fleet.gone();
+            total = total.saturating_sub(gone);
+            out = out.saturating_sub(gone);
+            count = count.saturating_sub(ejected.iter().filter(|state| is_doubtful(state)).count());
+        }
         // Whoever a person took out is no last resort either.
-        fleet.out() + 1 < total && (ejected + 1) as f64 <= total as f64 * self.plan.admit.breaker.max_ejected
+        out + 1 < total && (count + 1) as f64 <= total as f64 * self.plan.admit.breaker.max_ejected
+    }
+
+    /// The source doesn't tell it any more, and tells others.
+    pub fn is_doubtful(&self, state: &Arc<EndpointState>) -> bool {
+        let fleet = self.newest();
+        fleet.place_of(state).is_some_and(|place| fleet.is_doubtful(place))
     }
 
     /// An endpoint of this Backend whose wait is over, and whether that is a probe: an ejected one is half open from here on, for this

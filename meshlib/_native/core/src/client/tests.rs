@@ -11,6 +11,7 @@ mod balancing;
 mod checks;
 mod guards;
 mod hedges;
+mod held;
 mod invariants;
 mod limits;
 mod localities;
@@ -37,6 +38,7 @@ fn at(seconds: f64) -> Duration {
 
 fn address(name: &str, version: &str) -> Address {
     Address {
+        is_held: false,
         address: name.into(),
         weight: 1.0,
         zone: String::new(),

@@ -10,14 +10,16 @@
 //! 6. again     those that were tried already, the healthy first
 //! ```
 //!
-//! A hash key skips 3: it has one home, whoever asks. Within each step the policy of the Service picks (`eligible.rs`).
+//! A hash key skips 3: it has one home, whoever asks. Within each step the policy of the Service picks (`eligible.rs`). Where some endpoints
+//! are only held (the registry doesn't tell them any more), a retry goes to one that is told, if there is any: it has met one of them that is
+//! gone, more likely than not.
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::record::Event;
 use super::Call;
 use crate::balance::{locality, Pick};
-use crate::client::eligible::Eligible;
+use crate::client::eligible::{Eligible, Held};
 use crate::client::fleet::Backend;
 use crate::model::{BalancePolicy, LocalityPolicy};
 
@@ -138,9 +140,22 @@ impl Call {
 
     fn pick(&self, backend: &Backend, is_panic: bool, tried: &[u32], now: Duration) -> Option<Pick> {
         let balance = &self.service.plan.balance;
-        let view = Eligible { fleet: &self.fleet, backend, balance, now, is_panic, tried };
         // This call is in flight itself.
-        view.pick(self.hash, self.service.state.in_flight.count().saturating_sub(1), &self.random)
+        let in_flight = self.service.state.in_flight.count().saturating_sub(1);
+        let with = |held: Held| {
+            let view = Eligible { fleet: &self.fleet, backend, balance, now, is_panic, tried, held };
+            view.pick(self.hash, in_flight, &self.random)
+        };
+        if !backend.has_doubtful() {
+            return with(Held::All);
+        }
+        let told = if tried.is_empty() { None } else { with(Held::None) };
+        let pick = told.or_else(|| with(Held::Well));
+        if is_panic {
+            pick.or_else(|| with(Held::All))
+        } else {
+            pick
+        }
     }
 }
 

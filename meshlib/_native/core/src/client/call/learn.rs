@@ -26,7 +26,11 @@ impl Call {
         pushback: Pushback,
         now: Duration,
     ) {
-        let (balance, class) = (&service.plan.balance, classify(outcome, status));
+        let (balance, mut class) = (&service.plan.balance, classify(outcome, status));
+        if outcome == Outcome::Identity && service.is_doubtful(&endpoint.state) {
+            // Its address was given to somebody else: nobody of ours is there.
+            class = Class::Dead;
+        }
         match class {
             Class::Ignored => {}
             Class::Success => endpoint.state.health.lock().average.add(took, balance, now),

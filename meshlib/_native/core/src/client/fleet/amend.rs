@@ -36,24 +36,27 @@ impl Fleet {
             ..Self::default()
         };
         fleet.endpoints.reserve_exact(old.endpoints.len() + told.len());
-        for endpoint in &old.endpoints {
+        let new = || Arc::new(EndpointState::new(&service.plan.balance, warms_up, now));
+        for (place, endpoint) in old.endpoints.iter().enumerate() {
             let address = old.address(endpoint);
             match told.remove(address) {
                 Some(found) => {
-                    let place = (endpoint.at, endpoint.length);
-                    fleet.add(service, found, endpoint.state.clone(), place);
+                    let state = if old.begins_anew(place, found) { new() } else { endpoint.state.clone() };
+                    fleet.add(service, found, state, (endpoint.at, endpoint.length));
                 }
                 None if gone.contains(address) => {}
-                None => fleet.endpoints.push(endpoint.clone()),
+                None => {
+                    fleet.hold(old.is_held(place));
+                    fleet.endpoints.push(endpoint.clone());
+                }
             }
         }
         for found in changed {
             // What is left has no endpoint yet; once, also where it was told twice.
             let Some(found) = told.remove(&*found.address) else { continue };
-            let state = Arc::new(EndpointState::new(&service.plan.balance, warms_up, now));
             let place = (fleet.text.len() as u32, u16::try_from(found.address.len()).unwrap_or(u16::MAX));
             fleet.text.push_str(&found.address);
-            fleet.add(service, found, state, place);
+            fleet.add(service, found, new(), place);
         }
         if fleet.is_worn() {
             // Whose turn it is goes over too.
@@ -83,19 +86,21 @@ impl Fleet {
                 || Arc::from(&*found.identity),
             ),
         };
+        self.hold(found.is_held);
         self.endpoints.push(endpoint);
     }
 
     /// As they were told: what another fleet is made from.
     pub fn addresses(&self) -> Vec<Address> {
-        let back = |e: &Endpoint| Address {
+        let back = |(place, e): (usize, &Endpoint)| Address {
             address: self.address(e).to_owned(),
             weight: f64::from(e.weight),
             zone: self.zone_of(e).to_owned(),
             labels: self.labels.get(e.labels as usize).map_or_else(Labels::new, |labels| (**labels).clone()),
             identity: self.identities.get(e.found_identity as usize).map_or_else(String::new, |i| i.to_string()),
+            is_held: self.is_held(place),
         };
-        self.endpoints.iter().map(back).collect()
+        self.endpoints.iter().enumerate().map(back).collect()
     }
 
     /// Much of what it keeps is nobody's any more; or a zone is, which balancing would go on to reckon with.

@@ -15,6 +15,7 @@ impl Dice {
 
 fn any(dice: &mut Dice, name: u64) -> Address {
     Address {
+        is_held: dice.below(4) == 0,
         address: format!("10.0.0.{name}:80"),
         weight: [0.0, 1.0, 2.5][dice.below(3) as usize],
         zone: ["", "a", "b"][dice.below(3) as usize].to_owned(),
@@ -96,6 +97,7 @@ fn what_nobody_uses_any_more_is_cleared_away() {
     let engine = engine_with("random", &[("a", "v1")]);
     for version in 2..4000 {
         let one = Address {
+            is_held: false,
             labels: [("build".to_owned(), version.to_string())].into(),
             ..address(&format!("host-{version}"), "v1")
         };

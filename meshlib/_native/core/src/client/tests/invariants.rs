@@ -391,7 +391,12 @@ impl Walk {
     }
 
     fn resolve(&mut self) {
-        if self.chance.below(2) == 0 && self.addresses.len() > 1 {
+        if self.chance.below(4) == 0 {
+            // The registry has lost them, or found them again.
+            let is_held = self.chance.below(2) == 0;
+            let some = 1 + self.chance.below(3);
+            self.addresses.iter_mut().step_by(some).for_each(|found| found.is_held = is_held);
+        } else if self.chance.below(2) == 0 && self.addresses.len() > 1 {
             self.addresses.swap_remove(self.chance.below(self.addresses.len()));
         } else {
             let known: HashSet<&String> = self.addresses.iter().map(|found| &found.address).collect();
@@ -459,15 +464,26 @@ impl Walk {
         assert!(repeats <= allowed + 1e-9, "{repeats} repeats for {calls} calls, {allowed} are allowed");
     }
 
-    /// At most the share that is configured (half), and never the last one.
+    /// At most the share that is configured (half), and never the last one; of those that are told, where some are only held. One that is
+    /// held and dead may always be.
     fn ejections_are_allowed(&self, before: &[(Arc<EndpointState>, State)]) {
         let fleet = self.service().fleet();
-        let states = || fleet.endpoints.iter().map(|e| (&e.state, e.state.health.lock().breaker.state));
+        let all = || fleet.endpoints.iter().enumerate();
+        let all = || all().map(|(n, e)| (n, &e.state, e.state.health.lock().breaker.state));
         let was_closed =
             |state: &Arc<EndpointState>| before.iter().any(|(s, was)| Arc::ptr_eq(s, state) && *was == State::Closed);
-        if states().any(|(state, is)| is == State::Open && was_closed(state)) {
-            let ejected = states().filter(|(_, is)| matches!(is, State::Open | State::HalfOpen)).count();
-            let (out, total) = (states().filter(|(_, is)| *is != State::Closed).count(), fleet.endpoints.len());
+        let has_told = fleet.endpoints.iter().enumerate().any(|(n, e)| e.weight > 0.0 && !fleet.is_held(n));
+        let is_doubtful = |n: usize| has_told && fleet.is_held(n);
+        for (n, state, _) in all().filter(|(_, state, is)| *is == State::Open && was_closed(state)) {
+            if is_doubtful(n) && state.health.lock().breaker.is_dead() {
+                continue;
+            }
+            let is_gone = |(at, _, is): &(usize, &Arc<EndpointState>, State)| {
+                !is_doubtful(n) && is_doubtful(*at) && *is != State::Closed
+            };
+            let states = || all().filter(|each| !is_gone(each));
+            let ejected = states().filter(|(_, _, is)| matches!(is, State::Open | State::HalfOpen)).count();
+            let (out, total) = (states().filter(|(_, _, is)| *is != State::Closed).count(), states().count());
             assert!(out < total, "the last of {total} is out");
             assert!(ejected as f64 <= total as f64 * self.most_ejected, "{ejected} of {total} are ejected");
         }
@@ -482,6 +498,10 @@ impl Walk {
             let members = (0..backend.count(&fleet)).filter_map(|n| backend.place(n));
             let out = members.filter(|place| fleet.endpoints[*place].weight > 0.0 && is_out(*place)).count();
             assert_eq!(backend.out(), out, "members that are out");
+            let able = (0..backend.count(&fleet)).filter_map(|n| backend.place(n));
+            let able: Vec<usize> = able.filter(|place| fleet.endpoints[*place].weight > 0.0).collect();
+            let gone = gone_of(&able, &fleet, |place| is_out(*place)).len();
+            assert_eq!(backend.health(), ((able.len() - out) as u32, (able.len() - gone) as u32), "how many there are");
         };
         for (route, of_route) in service.routes.iter().enumerate() {
             for backend in (0..of_route.plan.backends.len()).map(|n| fleet.backend(route, n).unwrap()) {
@@ -497,6 +517,12 @@ impl Walk {
         assert_eq!(service.state.ejected.lock().len(), count, "the list in which probes are found");
         assert_eq!(service.state.ejected_count.load(std::sync::atomic::Ordering::Relaxed) as usize, count);
     }
+}
+
+/// Who of these is out and not told any more, where others are told.
+fn gone_of(able: &[usize], fleet: &Fleet, is_out: impl Fn(&usize) -> bool) -> Vec<usize> {
+    let has_told = able.iter().any(|place| !fleet.is_held(*place));
+    able.iter().copied().filter(|place| has_told && fleet.is_held(*place) && is_out(place)).collect()
 }
 
 /// Who is out is chosen only as a probe, in panic, once more on a fresh connection, or for want of anybody healthy; and nobody who is
@@ -529,7 +555,9 @@ fn picks_are_of_healthy_ones(live: &Live, place: u32, before: &[(Arc<EndpointSta
     }
     // Panic, by our own count: of the backend, or of the priority.
     let is_few = |places: &Vec<usize>| {
-        let able = || places.iter().filter(|place| fleet.endpoints[**place].weight > 0.0);
+        let able: Vec<usize> = places.iter().copied().filter(|n| fleet.endpoints[*n].weight > 0.0).collect();
+        let gone = gone_of(&able, fleet, |place| !is_healthy(place));
+        let able = || able.iter().filter(|place| !gone.contains(place));
         (able().filter(|place| is_healthy(place)).count() as f64) < able().count() as f64 * PANIC
     };
     let tiers =
@@ -547,7 +575,8 @@ fn locality(chance: &Random) -> serde_json::Value {
 fn somewhere(chance: &Random, n: usize) -> Address {
     let zone = ["a", "b", "c"][chance.below(3)].to_owned();
     let weight = [1.0, 1.0, 3.0, 0.0][chance.below(4)];
-    Address { zone, weight, ..address(&format!("e{n}"), ["v1", "v2"][chance.below(2)]) }
+    let is_held = chance.below(4) == 0;
+    Address { zone, weight, is_held, ..address(&format!("e{n}"), ["v1", "v2"][chance.below(2)]) }
 }
 
 /// Permits, budget, picks, deadlines, ejections and counts, whatever happens in whatever order.
