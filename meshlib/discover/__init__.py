@@ -12,7 +12,7 @@ from __future__ import annotations
 from .directory import Directory
 from .dns import DnsResolver
 from .file import FileResolver
-from .pace import pause_within
+from .pace import limit_within, pause_within
 from .registration import Registrar, instance_of
 from .registry import Instance, Registration, Registry, open_registry
 from .resolver import Change, EndpointAddress, Immediate, Resolver, Snapshot, StaticResolver, Watching
@@ -35,6 +35,7 @@ __all__ = [
     "StaticResolver",
     "Watching",
     "instance_of",
+    "limit_within",
     "open_registry",
     "pause_within",
 ]

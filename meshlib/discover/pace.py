@@ -31,16 +31,27 @@ LOST = ((0.0, 9.1), (9.0, 9.2))
 EAGER = 4  # tries of somebody who waits for a first answer
 STEP = 0.01  # seconds in the line of those that are refused, for each time
 LONGEST_LINE = 50
+LAST = 0.15  # of an entry's life
+PATIENCE = 1.0  # with one question about an entry
 
 
 def pause_within(left: float, life: float) -> float:
     """Seconds until an entry whose keeping has failed is to be kept again, with `left` of its `life` to go.
 
-    Drawn from most of what is left (full jitter), and a fifth of the life at least: one question that was lost costs no entry, and two
-    hundred processes whose registry restarts ask it less than twice as often as they do anyway, three times in a life.
+    Drawn from most of what is left (full jitter), and a fifth of the life or half of what is left at least: one question that was lost
+    costs no entry, also where much time was lost with it, and two hundred processes whose registry is away ask it less than two and a half
+    times as often as they do anyway, three times in a life. What is left at the very end isn't halved any more.
     """
-    least = 0.2 * life
+    least = max(LAST * life, min(0.2 * life, 0.5 * left))
     return random.uniform(least, max(least, 0.8 * left))
+
+
+def limit_within(left: float) -> float | None:
+    """Seconds that one question about an entry may take with so much of its life to go; None for as long as any other question.
+
+    A third: one that hangs must leave time to ask again. But none that is answered within a second is given up.
+    """
+    return max(left / 3, min(left, PATIENCE)) if left > 0.0 else None
 
 
 class Delays:

@@ -7,8 +7,8 @@ agent itself. Two kinds of checks say that it lives:
 - *http*: the agent asks a URL each `interval`. Here it is only looked whether the agent still has the entry.
 
 An agent that was restarted, or was told to forget us, answers 404 (older ones 500): then it is entered again, at once. One that
-doesn't answer is asked again soon, by chance, for as long as the check still passes; that it is over is raised, and so is an entry
-that the agent still doesn't know right after taking it: then the URL leads to more than one agent.
+doesn't answer, or not while there is time to ask again, is asked again soon, by chance, for as long as the check still passes; that it
+is over is raised, and so is an entry that the agent still doesn't know right after taking it: then the URL leads to more than one agent.
 
 What is left behind by a process that was killed is critical after `ttl` and goes after `deregister_after`.
 """
@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from consul import Check  # type: ignore[import-untyped]
 
-from meshlib.discover import Instance, pause_within
+from meshlib.discover import Instance, limit_within, pause_within
 from meshlib.errors import ConfigError
 
 from .instances import IDENTITY, OURS, PROTOCOL, WEIGHT, ZONE
@@ -190,10 +190,12 @@ class ConsulEntry:
             await asyncio.sleep(pause)
             asked = self._clock()
             try:
-                if not await look():
+                async with asyncio.timeout(limit_within(last + terms.life - asked)):
+                    has_entry = await look()
+                if not has_entry:
                     return known
                 last, pause = asked, terms.rhythm * (1 + JITTER * random.uniform(-1, 1))
-            except ConsulError:
+            except (ConsulError, TimeoutError):
                 left = last + terms.life - self._clock()
                 if left <= 0.0:
                     raise

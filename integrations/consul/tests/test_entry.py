@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -193,6 +194,27 @@ def test_agent_that_is_away_is_asked_while_the_check_passes() -> None:
         end = raised_by(long, n / 20)
         assert long.passed + 15.0 <= end < long.passed + 18.1
         assert sum(time >= 10.0 for time in long.asked) <= 6
+
+
+def test_question_that_hangs_costs_nothing() -> None:
+    """Its answer never comes, and nobody says so: it is given up while there is time to ask again."""
+
+    class Hanging(Agent):
+        has_hung = False
+
+        async def ask(self, method: str, path: str, *more: Any, **named: Any) -> Answer:
+            if not self.has_hung and asyncio.get_running_loop().time() >= 20.0:
+                self.has_hung = True
+                await asyncio.sleep(14.0)  # for which the wire waits, where `timeout` says so
+                raise ConsulError("no answer")
+            return await super().ask(method, path, *more, **named)
+
+    for n in range(50):
+        agent = Hanging(away=0.0)
+        assert raised_by(agent, n / 10) == 0.0
+        assert (agent.entered, agent.has_hung, agent.passed > 50.0) == (1, True, True)
+        longest = max(later - sooner for sooner, later in itertools.pairwise(agent.asked))
+        assert longest < 15.0
 
 
 async def test_an_agent_that_never_knows_is_told_of(standin: StandInAgent, registry: ConsulRegistry) -> None:

@@ -171,6 +171,10 @@ class Client:
         for url in urls:
             try:
                 body = await self._with_token(url, path, question)
+            except asyncio.CancelledError:
+                # Who asked had less time than this member was given: the next question begins with another.
+                self._first = (self.settings.urls.index(url) + 1) % len(self.settings.urls)
+                raise
             except EtcdError as error:
                 if error.code not in (UNAVAILABLE, _DEADLINE):
                     raise

@@ -6,16 +6,17 @@ ours: a lease may be lost (etcd was away for longer, or began with empty hands),
 it is entered again.
 
 A question that fails says nothing about the lease: as long as that lives, it is asked again soon, and only when it is over is that
-raised. Who isn't entered yet raises at once. Called again, it
-takes up what is left of the lease.
+raised. One that hangs is given up while there is time to ask again, whatever `timeout` says. Who isn't entered yet raises at once. Called
+again, it takes up what is left of the lease.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
 
-from meshlib.discover import pause_within
+from meshlib.discover import limit_within, pause_within
 from meshlib.errors import MeshError
 
 from .client import Client
@@ -23,6 +24,8 @@ from .messages import NOT_FOUND, EtcdError
 
 # Seconds for which a dead process stays in etcd. Its callers notice sooner: a refused connection ejects it.
 TTL: Final = 10.0
+
+T = TypeVar("T")
 
 
 class EtcdRegistration:
@@ -35,6 +38,7 @@ class EtcdRegistration:
         self._ttl = ttl
         self._lease = 0
         self.is_entered = False
+        self._ends = 0.0  # until when we are in etcd, whatever becomes of our questions
 
     def __repr__(self) -> str:
         return f"<EtcdRegistration {self._key.decode()}>"
@@ -48,31 +52,31 @@ class EtcdRegistration:
 
     async def _keep(self) -> None:
         clock = asyncio.get_running_loop().time
-        given, ends = self._ttl, clock()  # until when we are in etcd, whatever becomes of our questions
+        given, self._ends = self._ttl, clock()
         while True:
             asked = clock()
             try:
                 given = await self._confirm()
             except (OSError, MeshError):  # a secret that can't be read for a moment, too
-                left = ends - clock()
+                left = self._ends - clock()
                 if left <= 0.0:
                     raise
                 await asyncio.sleep(pause_within(left, given))
                 continue
-            ends = asked + given
+            self._ends = asked + given
             self.is_entered = True
             await asyncio.sleep(given / 3)
 
     async def _confirm(self) -> float:
         """The lease lives, and the key hangs on it; the seconds for which it was given."""
         while True:
-            given = await self._client.keep_alive(self._lease) if self._lease else 0.0
+            given = await self._soon(self._client.keep_alive(self._lease)) if self._lease else 0.0
             if not given:
-                self._lease, given = await self._client.grant(self._ttl)
+                self._lease, given = await self._soon(self._client.grant(self._ttl))
             if await self._is_entered():
                 return given
             try:
-                await self._client.put(self._key, self._value, self._lease)
+                await self._soon(self._client.put(self._key, self._value, self._lease))
             except EtcdError as error:
                 if error.code != NOT_FOUND:
                     raise
@@ -93,5 +97,10 @@ class EtcdRegistration:
         self._lease = 0
 
     async def _is_entered(self) -> bool:
-        entries = (await self._client.at(self._key)).entries
+        entries = (await self._soon(self._client.at(self._key))).entries
         return any(entry.lease == self._lease and entry.value == self._value for entry in entries)
+
+    async def _soon(self, question: Coroutine[Any, Any, T]) -> T:
+        """Its answer, while there is time to ask once more. Raises TimeoutError."""
+        async with asyncio.timeout(limit_within(self._ends - asyncio.get_running_loop().time())):
+            return await question

@@ -352,6 +352,66 @@ async def test_short_outage_of_etcd_costs_no_second_lease(etcd: Etcd, registry: 
         assert (etcd.all_keys(), registration._lease, len(etcd.ask("lease/leases", {})["leases"])) == ([KEY], lease, 1)
 
 
+@contextlib.asynccontextmanager
+async def swallowing(port: int, what: bytes) -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """A relay to etcd, and its port. Once the event is set, one question about `what` gets no answer, and its connection hangs."""
+    may_hang = asyncio.Event()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if may_hang.is_set() and what in data:
+                    may_hang.clear()
+                    await asyncio.sleep(3600)
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(asyncio.CancelledError):  # by the loop's end
+            await asyncio.gather(pass_on(reader, back), pass_on(there, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], may_hang
+    finally:
+        server.close()
+
+
+async def test_question_that_hangs_costs_no_lease(etcd: Etcd, registry: EtcdRegistry) -> None:
+    """With the timeout that is the default, which is longer than what is left: nobody who watches notices anything."""
+    async with swallowing(etcd.port, b"lease/keepalive") as (port, may_hang):
+        through = open_registry({"url": f"http://127.0.0.1:{port}"})
+        registration = through.register(instance(), {"ttl": "5s"})
+        async with watching(registry.resolver("orders", {})) as (seen,), kept(registration) as errors:
+            await until(lambda: seen.addresses, [A])
+            lease = registration._lease
+            may_hang.set()
+            end = time.monotonic() + 8.0
+            while time.monotonic() < end:
+                assert seen.addresses == [A]
+                await asyncio.sleep(0.02)
+            assert (may_hang.is_set(), errors, registration._lease) == (False, [], lease)
+        await through.close()
+
+
+async def test_member_that_hangs_does_not_keep_others_from_being_asked(etcd: Etcd) -> None:
+    """It is given up before its time is over, and the next question begins with another member."""
+    async with swallowing(etcd.port, b"lease/keepalive") as (port, may_hang):
+        registry = open_registry({"urls": [f"http://127.0.0.1:{port}", etcd.url]})
+        client = registry.register(instance(), {})._client
+        lease, _ = await client.grant(10.0)
+        may_hang.set()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await client.keep_alive(lease)
+        may_hang.set()
+        async with asyncio.timeout(0.3):
+            assert await client.keep_alive(lease) == 10.0
+        await registry.close()
+
+
 def test_what_nobody_could_read_is_not_registered() -> None:
     """The mistake is told where it was made."""
     made = open_registry({"url": "http://127.0.0.1:1"})
