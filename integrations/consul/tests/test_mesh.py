@@ -15,7 +15,7 @@ import pytest
 
 import meshlib
 from integrations.consul.tests.agents import StandInAgent
-from tests.support import Request, Scripted, mesh_of, ok, scripted
+from tests.support import Request, Scripted, mesh_of, ok, scripted, write_config
 
 pytest.importorskip("meshlib.discover.follow", reason="this meshlib follows no registries")
 
@@ -193,3 +193,47 @@ async def test_an_instance_that_leaves_is_called_no_more(
     await asyncio.to_thread(agent.remove, "orders", ports[0])
     await load.until_called(*ports[1:])
     assert (time.monotonic() - began < 3.0, load.failures) == (True, [])
+
+
+async def test_route_finds_an_instance_by_the_labels_of_its_register(agent: Any, tmp_path: Path) -> None:
+    """Labels and weight under `register` are what callers see of it: a route by label takes it, and no other instance."""
+
+    def answering(name: bytes) -> Any:
+        async def answer(server: Scripted, request: Request) -> bytes:
+            return ok(name)
+
+        return answer
+
+    async def app(scope: object, receive: object, send: object) -> None: ...
+
+    async with scripted(answering(b"v1")) as first, scripted(answering(b"v2")) as second:
+        services = {
+            "me": {},
+            "orders": {
+                "listen": second.address,
+                "register": {"registry": "consul", "labels": {"version": "v2"}, "weight": 3},
+                "discover": "consul",
+                "route": [
+                    {"match": {"path": {"prefix": "/new"}}, "backends": [{"labels": {"version": "v2"}}]},
+                    {"backends": [{"labels": {"version": "v1"}}]},
+                ],
+            },
+        }
+        file = write_config(tmp_path, services, registries={"consul": {"url": agent.url, "cache": False}})
+        agent.put("orders", first.port, Tags=["version=v1"])
+        server, caller = (meshlib.Mesh.load(file, service=service) for service in ("orders", "me"))
+        try:
+            server.asgi(app).way.rise()
+            await asyncio.to_thread(caller.start)
+            end = time.monotonic() + 10.0
+            while len(found := caller.directory.endpoints("orders")) < 2:
+                assert time.monotonic() < end, server.registrar.error or "it was not entered"
+                await asyncio.sleep(0.02)
+            (ours,) = (each for each in found if each.address == second.address)
+            assert (ours.weight, dict(ours.labels)) == (3.0, {"version": "v2"})
+            async with caller.client() as client:
+                said = [(await client.get(f"http://orders/{path}")).content for path in ("new", "old", "new", "old")]
+            assert said == [b"v2", b"v1", b"v2", b"v1"]
+        finally:
+            await asyncio.to_thread(server.close)
+            await asyncio.to_thread(caller.close)

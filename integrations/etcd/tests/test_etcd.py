@@ -24,6 +24,7 @@ import meshlib.config
 from integrations.etcd.tests.cluster import Etcd, until, watching
 from meshlib.discover import Watching
 from meshlib.discover import open_registry as open_plugin
+from tests.support import Request, Scripted, ok, scripted, write_config
 
 pytestmark = pytest.mark.skipif(shutil.which("etcd") is None, reason="etcd is not installed")
 A, B, C = "10.0.0.1:8443", "10.0.0.2:8443", "10.0.0.3:8443"
@@ -410,6 +411,50 @@ async def test_member_that_hangs_does_not_keep_others_from_being_asked(etcd: Etc
         async with asyncio.timeout(0.3):
             assert await client.keep_alive(lease) == 10.0
         await registry.close()
+
+
+async def test_route_finds_an_instance_by_the_labels_of_its_register(etcd: Etcd, tmp_path: Path) -> None:
+    """Labels and weight under `register` are what callers see of it: a route by label takes it, and no other instance."""
+
+    def answering(name: bytes) -> Any:
+        async def answer(server: Scripted, request: Request) -> bytes:
+            return ok(name)
+
+        return answer
+
+    async def app(scope: object, receive: object, send: object) -> None: ...
+
+    async with scripted(answering(b"v1")) as first, scripted(answering(b"v2")) as second:
+        services = {
+            "me": {},
+            "orders": {
+                "listen": second.address,
+                "register": {"registry": "etcd", "labels": {"version": "v2"}, "weight": 3},
+                "discover": "etcd",
+                "route": [
+                    {"match": {"path": {"prefix": "/new"}}, "backends": [{"labels": {"version": "v2"}}]},
+                    {"backends": [{"labels": {"version": "v1"}}]},
+                ],
+            },
+        }
+        file = write_config(tmp_path, services, registries={"etcd": {"url": etcd.url, "cache": False}})
+        await asyncio.to_thread(lambda: etcd.instance("orders", "old", first.address, labels={"version": "v1"}))
+        server, caller = (meshlib.Mesh.load(file, service=service) for service in ("orders", "me"))
+        try:
+            server.asgi(app).way.rise()
+            await asyncio.to_thread(caller.start)
+            end = time.monotonic() + 10.0
+            while len(found := caller.directory.endpoints("orders")) < 2:
+                assert time.monotonic() < end, server.registrar.error or "it was not entered"
+                await asyncio.sleep(0.02)
+            (ours,) = (each for each in found if each.address == second.address)
+            assert (ours.weight, dict(ours.labels)) == (3.0, {"version": "v2"})
+            async with caller.client() as client:
+                said = [(await client.get(f"http://orders/{path}")).content for path in ("new", "old", "new", "old")]
+            assert said == [b"v2", b"v1", b"v2", b"v1"]
+        finally:
+            await asyncio.to_thread(server.close)
+            await asyncio.to_thread(caller.close)
 
 
 def test_what_nobody_could_read_is_not_registered() -> None:
