@@ -28,7 +28,6 @@ import logging
 import socket
 import struct
 import termios
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +41,8 @@ import h2.events
 import h2.exceptions
 import h2.settings
 from hyperframe.frame import GoAwayFrame
+
+from .frames import Frames, Tally
 
 log = logging.getLogger("meshlib.agent")
 
@@ -119,61 +120,6 @@ class _Over(Exception):  # the connection ends now
     pass
 
 
-class Tally:
-    """What one user has sent within a window, over all of their connections: frames, less those that led to an answer."""
-
-    __slots__ = ("_clock", "_count", "_is_over", "_until", "_window")
-
-    def __init__(self, window: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._window = window
-        self._clock = clock
-        self._until = clock() + window
-        self._count = 0
-        self._is_over = False
-
-    @property
-    def has_ended(self) -> bool:
-        """Its window is over, and so nothing of it counts any more."""
-        return self._clock() >= self._until
-
-    @property
-    def is_over(self) -> bool:
-        """It was too much, and the window isn't over."""
-        return self._is_over and not self.has_ended
-
-    def add(self, frames: int, most: int) -> bool:
-        """Count them; False if it is too much, as it stays until the window ends."""
-        if self.has_ended:
-            self._until, self._count, self._is_over = self._clock() + self._window, 0, False
-        self._count += frames
-        self._is_over = self._is_over or self._count > most
-        return not self._is_over
-
-    def give_back(self, frames: int) -> None:
-        """What was sent has led to something. There is never more to give back than was sent."""
-        self._count = max(0, self._count - frames)
-
-
-class _Frames:
-    """How many frames begin in what is read? The library doesn't tell of all of them: not of those on streams that are closed, say."""
-
-    __slots__ = ("_rest", "_skip")
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._skip = len(_PREFACE)
-
-    def of(self, data: bytes) -> int:
-        data, at, count = self._rest + data, self._skip, 0
-        while at + _FRAME_HEAD <= len(data):
-            count += 1
-            at += _FRAME_HEAD + int.from_bytes(data[at : at + 3])
-        self._rest, self._skip = data[at:], max(0, at - len(data))
-        return count
-
-
-_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_FRAME_HEAD: Final = 9
 # Frames that an answered call, and each message, gives back: those of the call, and what clients say meanwhile of windows and pings. It
 # costs us more than they do. A stream that was reset counts as so many.
 _ANSWERED: Final = 8
@@ -228,7 +174,7 @@ class Connection:
         self._begun = 0
         self._resets: deque[float] = deque()
         self._tally = tally or Tally(limits.window)
-        self._frames = _Frames()
+        self._frames = Frames()
         self._unread_since: float | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
 

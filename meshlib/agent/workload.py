@@ -35,7 +35,8 @@ from ..secure import Identity, certificates, jwt_svid
 from . import messages
 from .attest import Caller, uid_of
 from .entries import Entries, Entry
-from .grpc import Code, Connection, Ended, Limits, Metadata, Method, Tally
+from .frames import Tally
+from .grpc import Code, Connection, Ended, Limits, Metadata, Method
 
 log = logging.getLogger("meshlib.agent")
 

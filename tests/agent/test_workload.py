@@ -26,7 +26,8 @@ from spiffe._proto import workload_pb2 as pb
 from spiffe._proto import workload_pb2_grpc as pg
 
 from meshlib.agent.attest import Attestor, Caller, Peer
-from meshlib.agent.grpc import Connection, Limits, Method, _Frames
+from meshlib.agent.frames import Frames
+from meshlib.agent.grpc import Connection, Limits, Method
 from meshlib.config.agent_policy import EntryPolicy
 from meshlib.errors import Denied
 from meshlib.secure import CertificateAuthority, certificates
@@ -605,7 +606,7 @@ def test_stranger_who_asks_and_asks_is_a_flood(tmp_path: Path) -> None:
 def test_frames_are_counted_by_their_heads_wherever_they_are_cut(bodies: list[bytes], cuts: list[int]) -> None:
     """One for each head that is whole."""
     sent = PREFACE[:24] + b"".join(struct.pack(">I", len(body))[1:] + bytes(6) + body for body in bodies)
-    frames, at = _Frames(), 0
+    frames, at = Frames(), 0
     counted = 0
     for cut in [*sorted(cuts), len(sent)]:
         counted += frames.of(sent[at:cut])
