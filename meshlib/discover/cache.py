@@ -80,7 +80,7 @@ class Cache:
         return True
 
     def confirm(self, age: float) -> bool:
-        """What is kept is still so, as of `age` seconds ago."""
+        """What is kept is still so, as of `age` seconds ago. False if it has to be written anew."""
         try:
             folder = self._open_folder()
             try:
@@ -88,6 +88,8 @@ class Cache:
                 os.utime(self._file, (then, then), dir_fd=folder, follow_symlinks=False)
             finally:
                 os.close(folder)
+        except FileNotFoundError:
+            return False  # somebody has cleared it away: no fault, and it is to be written anew
         except OSError as error:
             self._failed(error)
             return False

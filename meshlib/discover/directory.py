@@ -156,7 +156,7 @@ class Directory:
         self._reopen()
         self._is_started = True
         self._begin(self._entries)
-        waiting = {name: entry for name, entry in self._entries.items() if entry.known is None and _is_remote(entry)}
+        waiting = {name: entry for name, entry in self._entries.items() if _is_remote(entry) and _is_in_the_dark(entry)}
         if waiting:
             with contextlib.suppress(TimeoutError):
                 self._keeper.run(self._first_answers(waiting, limit)).result(limit + 1.0)
@@ -366,7 +366,7 @@ class Directory:
         if not isinstance(entry.resolver, Watching):
             await self._look(entry)
             return
-        while entry.known is None and self._entries.get(entry.name) is entry:  # noqa: ASYNC110  # until `start` waits no longer
+        while not entry.has_answered and self._entries.get(entry.name) is entry:  # noqa: ASYNC110  # until `start` waits no longer
             await asyncio.sleep(0.01)
 
     # ------------------------------------------------------------------ on disk
@@ -376,7 +376,7 @@ class Directory:
         now = self._clock()
         if old is None or old.known is None or entry.opened is None or old.opened is None:
             return
-        is_same = entry.settings[:-1] == old.settings[:-1] and entry.opened.policy.plugin == old.opened.policy.plugin
+        is_same = entry.settings[:-1] == old.settings[:-1] and entry.asked == old.asked
         with self._lock:
             if is_same and entry.known is None and self._entries.get(entry.name) is entry:
                 entry.touch(entry.table.replace(tuple(old.table), now))
@@ -392,7 +392,7 @@ class Directory:
         with self._lock:
             now = self._clock()
             if entry.known is None and self._entries.get(entry.name) is entry:
-                entry.touch(entry.table.replace(endpoints, now))
+                entry.touch(entry.table.recall(endpoints, age, now))
                 entry.known = now - age
                 self._publish(entry)
                 entry.saved = entry.version, now, entry.known
@@ -417,7 +417,8 @@ class Directory:
             done = await apart(lambda: cache.confirm(age), f"meshlib-keep-{entry.name}")
         else:
             return
-        entry.saved = (current if done else version), now, known
+        # What could not be confirmed may not be there any more.
+        entry.saved = (current if done else -1), now, known
 
     # ------------------------------------------------------------------ all
 
@@ -450,8 +451,10 @@ class Directory:
         options, made = discover.settings, registry
         entry = Entry(name, registry.policy.name, lambda: made.registry.resolver(name, options), settings, SECONDS)
         entry.opened = registry
-        if registry.policy.cache is not None:
-            entry.cache = Cache(registry.policy.cache, config.name, name, _source(registry.policy, options))
+        entry.asked = _source(registry.policy, options)
+        # In development nothing beyond this machine is called, and what is on it is nobody's word for later.
+        if registry.policy.cache is not None and not config.is_dev:
+            entry.cache = Cache(registry.policy.cache, config.name, name, entry.asked)
         return entry
 
     def _read(self, entries: Mapping[str, Entry], problems: list[Problem]) -> dict[str, Snapshot]:
@@ -529,6 +532,11 @@ def _cancel(entry: Entry) -> None:
 
 def _is_remote(entry: Entry) -> bool:
     return not isinstance(entry.resolver, Immediate)
+
+
+def _is_in_the_dark(entry: Entry) -> bool:
+    """Whether nothing is known of it that may be judged by."""
+    return entry.known is None or (entry.table.is_old and not entry.has_answered)
 
 
 def _only_loopback(name: str, endpoints: Sequence[EndpointAddress]) -> None:

@@ -49,7 +49,20 @@ class Entry:
     """State of the Service."""
 
     __slots__ = (
-        *("_all", "_last", "_touched", "cache", "changes", "connects", "delays", "error", "failures", "has_answered", "is_dirty"),
+        *(
+            "_all",
+            "_last",
+            "_touched",
+            "asked",
+            "cache",
+            "changes",
+            "connects",
+            "delays",
+            "error",
+            "failures",
+            "has_answered",
+            "is_dirty",
+        ),
         *(
             "is_missing",
             "job",
@@ -75,6 +88,7 @@ class Entry:
         self.settings = settings
         self.table = Table(hold)
         self.opened: Opened | None = None
+        self.asked = ""  # which registry, and what
         self.delays: Delays | None = None
         self.cache: Cache | None = None
         self.job: Job | None = None

@@ -5,7 +5,8 @@ as their entries run out. Believing it turns a fault of the registry into an out
 self-preservation, and so do we). So what is told counts against the most endpoints that were believed within the last five minutes: when
 fewer than half of those are left, or none, what is gone from then on is kept. What comes, and what is different, is used at once. A loss
 is believed after five minutes of the same verdict (those in which the source can't be asked don't count), or when somebody confirms it;
-and it is no loss any more when enough have come back.
+and it is no loss any more when enough have come back. What was kept on disk and is older than those five minutes (`recall`) was believed
+by nobody lately: against it only an empty answer counts as a loss.
 
 Counted is the loss of endpoints, not their exchange: a service that moves to other addresses with the same number of them is a
 deployment, and a slow scale-down never halves within the window. One that is quick is held back for its five minutes, which costs little:
@@ -32,11 +33,12 @@ class Table:
     """What is told of one Service's endpoints, and what of it is believed.
 
     `told` is what the source says, `kept` what it doesn't say any more and what is used all the same. `since` is when that began, None
-    while nothing is held back; `times` is how often it did. Its methods answer the addresses of which something has changed, also
+    while nothing is held back; `times` is how often it did. `is_old` while all that is known was recalled, and is older than what a
+    loss is judged by. Its methods answer the addresses of which something has changed, also
     if it is only that they are held from now on.
     """
 
-    __slots__ = ("_base", "_fresh", "_past", "kept", "seconds", "since", "times", "told")
+    __slots__ = ("_base", "_fresh", "_past", "is_old", "kept", "seconds", "since", "times", "told")
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self.seconds = seconds
@@ -44,6 +46,7 @@ class Table:
         self.kept: dict[str, EndpointAddress] = {}
         self.since: float | None = None
         self.times = 0
+        self.is_old = False
         # How many were believed, with the time until which; those that count, so that each is less than the one before.
         self._past: deque[tuple[float, int]] = deque()
         self._base = 0  # how many there were when it began
@@ -63,6 +66,12 @@ class Table:
     def find(self, address: str) -> EndpointAddress | None:
         """What is used of an address."""
         return self.told.get(address) or self.kept.get(address)
+
+    def recall(self, endpoints: Sequence[EndpointAddress], age: float, now: float) -> set[str]:
+        """The source told all that there is, so many seconds ago and to somebody else."""
+        touched = self.replace(endpoints, now)
+        self.is_old = age > self.seconds
+        return touched
 
     def replace(self, endpoints: Sequence[EndpointAddress], now: float) -> set[str]:
         """The source told all that there is."""
@@ -110,6 +119,9 @@ class Table:
         return self._let_go(now, is_believed=True)
 
     def _judge(self, before: int, lost: dict[str, EndpointAddress], came: set[str], now: float) -> set[str]:
+        if self.is_old and self.told:
+            self.is_old = False
+            return set(lost) | self._let_go(now, is_believed=True)
         most = self._most(before, now) if self.since is None else self._base
         is_loss = 2 * len(self.told) < most
         if self.since is None:

@@ -168,6 +168,29 @@ def test_confirmed_loss_is_believed() -> None:
     assert (used(table), table.times) == (set(FOUR), 2)
 
 
+@pytest.mark.parametrize(("age", "is_judged"), [(299.0, True), (301.0, False), (8 * 3600.0, False)])
+def test_what_was_recalled_is_judged_by_only_where_it_is_young(age: float, is_judged: bool) -> None:
+    """A list that nobody has believed within the window is no reason to hold what an answer leaves out."""
+    table = Table()
+    table.recall(HUNDRED, age, 0.0)
+    table.replace(HUNDRED[:30], 1.0)
+    assert (len(table), table.is_holding) == ((100, True) if is_judged else (30, False))
+    table.replace(HUNDRED[:2], 2.0)
+    assert table.is_holding
+
+
+def test_empty_answer_is_held_however_old_what_was_recalled_is() -> None:
+    """Better those of yesterday than nobody; and the first that says more is believed, however much is missing."""
+    table = Table()
+    table.recall(HUNDRED, 8 * 3600.0, 0.0)
+    assert table.replace((), 1.0) == {e.address for e in HUNDRED}
+    assert (len(table), table.is_holding) == (100, True)
+    assert table.change(some(1, 2, 3), (), 2.0) == {e.address for e in HUNDRED}
+    assert (used(table), table.is_holding) == (set(some(1, 2, 3)), False)
+    table.replace(some(1), 3.0)
+    assert table.is_holding
+
+
 def test_nothing_is_held_of_what_a_person_wrote() -> None:
     """Files and static lists count as they stand."""
     table = Table(0.0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ HEAD = """\
 mesh: shop
 secure: {{mode: observe}}
 registries:
-  memory: {{cache: {cache}, token: secret}}
+  memory: {{cache: {cache}, token: {{env: SECRET}}}}
 services:
   storefront: {{}}
   orders: {{discover: memory}}
@@ -294,7 +295,7 @@ def test_services_share_one_registry_across_reloads(world: World) -> None:
     world.follow(stock)
     until(lambda: world.system.watches == 2)
     assert (len(world.system.opened), world.system.opened[0].closed) == (1, 0)
-    assert world.system.opened[0].settings == {"token": "secret"}
+    assert world.system.opened[0].settings == {"token": {"env": "SECRET"}}
     world.follow(cache="true")
     until(lambda: world.system.opened[0].closed == 1)
     assert len(world.system.opened) == 2
@@ -396,6 +397,104 @@ def test_process_starts_while_the_registry_is_down(world: World, caplog: pytest.
     assert world.row()["is_ready"] is True
 
 
+def begin_again(world: World, age: float) -> None:
+    """Another process, so many seconds after the end of this one: with what was kept, and a registry that tells what it has now."""
+    kept = world.folder / ".meshlib/endpoints/shop.orders.json"
+    until(kept.exists)
+    world.close()
+    then = time.time() - age
+    os.utime(kept, (then, then))
+    world.engine = Engine()
+    world.directory = world.new()
+
+
+def test_process_that_was_down_for_long_begins_with_what_is_there_now(world: World) -> None:
+    """Ten were kept, and three of them are left: the others are no loss, and `start` waits for the registry's own word."""
+    world.system.put("orders", *some(*range(1, 11)))
+    world.begin(cache="true")
+    world.system.known["orders"] = {e.address: e for e in some(1, 2, 3)}
+    begin_again(world, 8 * 3600.0)
+    world.begin(cache="true")
+    row = world.row()
+    assert (world.addresses(), row["is_held"], row["is_ready"]) == (names(1, 2, 3), False, True)
+
+
+def test_process_that_was_down_for_a_moment_judges_by_what_it_knew(world: World) -> None:
+    """Also an answer of its registry: one that leaves three of ten is held back as if it had run on."""
+    world.system.put("orders", *some(*range(1, 11)))
+    world.begin(cache="true")
+    world.system.known["orders"] = {e.address: e for e in some(1, 2, 3)}
+    begin_again(world, 10.0)
+    world.begin(cache="true")
+    until(lambda: world.row()["is_ready"] is True)
+    assert (world.addresses(), world.row()["is_held"]) == (names(*range(1, 11)), True)
+
+
+def test_empty_registry_is_held_back_however_old_the_file_is(world: World) -> None:
+    """It may have lost its data: those of eight hours ago are better than nobody."""
+    world.system.put("orders", *some(1, 2, 3))
+    world.begin(cache="true")
+    world.system.known["orders"] = {}
+    begin_again(world, 8 * 3600.0)
+    world.begin(cache="true")
+    assert (world.addresses(), world.row()["is_held"]) == (names(1, 2, 3), True)
+
+
+def test_start_waits_no_longer_for_a_registry_that_is_down(world: World) -> None:
+    """Then an old file serves as well as it can."""
+    world.system.put("orders", *some(1, 2))
+    world.begin(cache="true")
+    begin_again(world, 8 * 3600.0)
+    world.system.down()
+    world.follow(cache="true")
+    world.keeper.start()
+    begun = time.monotonic()
+    world.directory.start(limit=0.5)
+    assert 0.4 < time.monotonic() - begun < 3.0
+    assert world.addresses() == names(1, 2)
+
+
+def test_file_that_was_cleared_away_is_written_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also while nothing changes but its age, and without an alarm."""
+    monkeypatch.setattr("meshlib.discover.directory.SAVE", 0.2)
+    kept = world.folder / ".meshlib/endpoints/shop.orders.json"
+    world.system.put("orders", *some(1, 2))
+    world.begin(cache="true")
+    until(kept.exists)
+    for clear in (kept.unlink, lambda: shutil.rmtree(kept.parent)):
+        clear()
+        end = time.monotonic() + 10.0
+        while not kept.exists():
+            assert time.monotonic() < end, "it was not written"
+            world.system._tell("orders")  # it still holds
+            time.sleep(0.1)
+    assert (world.row()["cache_failures"], world.directory.faults(time.monotonic())) == (0, {})
+    assert "can't be kept" not in caplog.text
+
+
+def test_development_neither_recalls_nor_keeps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an ordinary run has kept is not on this machine; and what is, is nothing for an ordinary run."""
+    world.system.put("orders", *some(1, 2))
+    world.begin(cache="true")
+    begin_again(world, 10.0)
+    kept = world.folder / ".meshlib/endpoints/shop.orders.json"
+    kept.rename(before := world.folder / "before")
+    kept.write_bytes(before.read_bytes())
+    kept.chmod(0o600)
+    monkeypatch.setenv("MESHLIB_DEV", str(world.folder / "dev"))
+    monkeypatch.setattr("meshlib.discover.directory.SAVE", 0.0)
+    world.system.known["orders"] = {"127.0.0.1:80": EndpointAddress("127.0.0.1:80")}
+    world.follow(cache="true")
+    assert world.addresses() == []
+    world.keeper.start()
+    world.directory.start(limit=5.0)
+    assert world.addresses() == ["127.0.0.1:80"]
+    time.sleep(1.5)
+    assert kept.read_bytes() == before.read_bytes()
+
+
 # ---------------------------------------------------------------------- other settings
 
 
@@ -444,10 +543,27 @@ def test_registry_that_is_opened_anew_is_judged_by_what_was_known(world: World) 
     world.begin()
     world.system.known["orders"].clear()
     file = world.folder / "mesh.yaml"
-    file.write_text(HEAD.format(cache="false").replace("secret", "other"))
+    file.write_text(HEAD.format(cache="false").replace("SECRET", "OTHER"))
     world.directory.follow(load(file, service="storefront"))
     until(lambda: world.row()["is_ready"] is True)
     assert (world.addresses(), world.row()["is_held"]) == (names(*range(1, 11)), True)
+
+
+def test_other_registry_is_not_judged_by_what_the_one_before_said(world: World) -> None:
+    """The same name and package, and another address: its three are not seven that are lost."""
+    blue, green = System(), System()
+    blue.put("orders", *some(*range(1, 11)))
+    green.put("orders", *some(101, 102, 103))
+
+    def open_one(plugin: str, settings: Mapping[str, Any]) -> Any:
+        return (blue if settings["url"] == "http://blue" else green).open_one(plugin, settings)
+
+    world.directory = Directory(world.engine, world.keeper, open_one=open_one)
+    world.begin(cache="false, url: 'http://blue'")
+    assert world.addresses() == names(*range(1, 11))
+    world.follow(cache="false, url: 'http://green'")
+    until(lambda: world.row()["is_ready"] is True)
+    assert (world.addresses(), world.row()["held"]) == (names(101, 102, 103), 0)
 
 
 # ---------------------------------------------------------------------- what must go on
