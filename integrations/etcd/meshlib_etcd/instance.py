@@ -42,10 +42,10 @@ def read_instance(value: bytes, *, has_identities: bool = False) -> EndpointAddr
     if (
         isinstance(weight, bool)
         or not isinstance(weight, int | float)
-        or not 0 < weight <= MOST_WEIGHT
+        or not 0 <= weight <= MOST_WEIGHT
         or not math.isfinite(weight)
     ):
-        raise ValueError("weight is no number above 0")
+        raise ValueError("weight is no number from 0 on")
     zone = said.get("zone", "")
     if not isinstance(zone, str) or len(zone) > 100 or not zone.isprintable():
         raise ValueError("zone is no word")

@@ -327,7 +327,7 @@ def test_values_are_read_or_refused(body: bytes) -> None:
         assert str(error).isprintable()
     else:
         host, _, port = endpoint.address.rpartition(":")
-        assert 0 < int(port) < 65536 and host and endpoint.address.isascii() and 0 < endpoint.weight <= 1e6
+        assert 0 < int(port) < 65536 and host and endpoint.address.isascii() and 0 <= endpoint.weight <= 1e6
         assert all(isinstance(word, str) for pair in endpoint.labels.items() for word in pair)
 
 

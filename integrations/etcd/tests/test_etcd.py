@@ -24,7 +24,7 @@ import meshlib.config
 from integrations.etcd.tests.cluster import Etcd, until, watching
 from meshlib.discover import Watching
 from meshlib.discover import open_registry as open_plugin
-from tests.support import Request, Scripted, ok, scripted, write_config
+from tests.support import Request, Scripted, mesh_of, ok, scripted, write_config
 
 pytestmark = pytest.mark.skipif(shutil.which("etcd") is None, reason="etcd is not installed")
 A, B, C = "10.0.0.1:8443", "10.0.0.2:8443", "10.0.0.3:8443"
@@ -142,6 +142,26 @@ async def test_bad_value_is_told_and_passed_over(etcd: Etcd, registry: EtcdRegis
     # A new beginning finds the same, and keeps the same.
     async with watching(seen.resolver) as (again,):
         await until(lambda: again.addresses, [A, B])
+
+
+async def test_weight_of_nothing_takes_an_instance_out_of_the_traffic(etcd: Etcd, tmp_path: Path) -> None:
+    """As it does where endpoints are written by hand: the instance stays, with that weight, and gets no calls."""
+
+    async def answer(server: Scripted, request: Request) -> bytes:
+        return ok(server.address.encode())
+
+    async with scripted(answer) as one, scripted(answer) as two:
+        for name, server in (("o1", one), ("o2", two)):
+            await asyncio.to_thread(etcd.instance, "orders", name, server.address)
+        services = {"orders": {"discover": "etcd", "balance": {"policy": "round_robin"}}}
+        with mesh_of(tmp_path, services, registries={"etcd": {"url": etcd.url, "cache": False}}) as mesh:
+            async with mesh.client() as client:
+                weights = lambda: sorted(e.weight for e in mesh.directory.endpoints("orders"))
+                await until(weights, [1.0, 1.0])
+                await asyncio.to_thread(lambda: etcd.instance("orders", "o1", one.address, weight=0))
+                await until(weights, [0.0, 1.0])
+                said = {(await client.get("http://orders/")).text for _ in range(20)}
+    assert said == {two.address}
 
 
 async def test_service_without_one_readable_value_is_an_error(etcd: Etcd, registry: EtcdRegistry) -> None:
@@ -460,7 +480,7 @@ async def test_route_finds_an_instance_by_the_labels_of_its_register(etcd: Etcd,
 def test_what_nobody_could_read_is_not_registered() -> None:
     """The mistake is told where it was made."""
     made = open_registry({"url": "http://127.0.0.1:1"})
-    for wrong in ({"address": "unix:/run/x.sock"}, {"address": "0.0.0.0:80"}, {"weight": 0.0}, {"weight": float("nan")}):
+    for wrong in ({"address": "unix:/run/x.sock"}, {"address": "0.0.0.0:80"}, {"weight": -1.0}, {"weight": float("nan")}):
         with pytest.raises(meshlib.ConfigError, match="can't be registered in etcd"):
             made.register(instance(**wrong), {})
     with pytest.raises(meshlib.ConfigError, match="ttl must be a duration"):
