@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import time
@@ -207,6 +208,21 @@ def test_dns_conforms() -> None:
 def test_source_that_tells_by_itself_conforms() -> None:
     """All rules, with changes instead of states."""
     assert check_resolver(OfAWatch) == ALL
+
+
+def test_change_need_not_say_when_it_was_learned() -> None:
+    """Its default is "just now"."""
+
+    class Plain(Watch):
+        async def watch(self) -> AsyncIterator[Snapshot | Change]:
+            async for answer in super().watch():
+                yield dataclasses.replace(answer, taken=0.0) if isinstance(answer, Change) else answer
+
+    class Stage(OfAWatch):
+        async def open(self) -> Resolver:
+            return Plain(self)
+
+    assert check_resolver(Stage) == ALL
 
 
 # ---------------------------------------------------------------------- wrong ones
