@@ -19,6 +19,16 @@ from meshlib.discover import Directory, Instance
 from tests.discover.memory import Entered, System
 
 
+class Noted(Entered):
+    def __init__(self, registry: Any, instance: Instance, folder: Path) -> None:
+        super().__init__(registry, instance)
+        self.folder = folder
+
+    async def keep(self) -> None:
+        (self.folder / str(os.getpid())).write_text(self.instance.address)
+        await super().keep()
+
+
 class Written(System):
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -28,8 +38,7 @@ class Written(System):
         registry = super().open_one(plugin, settings)
 
         def register(instance: Instance, settings: Any) -> Entered:
-            (self.folder / str(os.getpid())).write_text(instance.address)
-            return Entered(registry, instance)
+            return Noted(registry, instance, self.folder)
 
         registry.register = register  # type: ignore[method-assign]
         return registry
