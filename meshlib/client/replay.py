@@ -16,8 +16,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 
 # Bytes of a streamed body that are kept (linkerd/http/retry/src/replay.rs).
 LIMIT = 64 * 1024
-# Bytes that the agent takes of a stream before it has a connection: the window of its HTTP/2 (limits.rs).
-AHEAD = 128 * 1024
+# Bytes that the agent takes of a stream before it has a connection: its window (DATA_STREAM_WINDOW in proxy/src/limits.rs).
+AHEAD = 64 * 1024
 # How long the iterator of an upload that is not wanted any more may take to clean up before the call goes on.
 FAREWELL = 0.1
 
