@@ -37,7 +37,9 @@ HEAD_LIMIT: Final = 8192
 FIELDS: Final = 64
 BODY_LIMIT: Final = 1024
 SECONDS: Final = 5.0
+# Connections at once: of those who may ask, and of all others, who take nobody's place.
 MOST: Final = 32
+STRANGERS: Final = 8
 LEVELS: Final = ("error", "warning", "info", "debug")
 
 _JSON: Final = "application/json"
@@ -94,7 +96,7 @@ class Admin:
         self._sock = sock
         self._view = view
         self._server: asyncio.Server | None = None
-        self._open: dict[asyncio.Task[None], None] = {}
+        self._open: dict[asyncio.Task[None], bool] = {}  # whether it may ask
 
     async def start(self) -> None:
         self._server = await asyncio.start_unix_server(self._accept, sock=self._sock, limit=HEAD_LIMIT)
@@ -111,11 +113,14 @@ class Admin:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._open[task] = None
+        uid = uid_of(writer.get_extra_info("socket"))
+        may_ask = uid in {0, os.geteuid(), *self.admins}
+        self._open[task] = may_ask
         try:
-            if len(self._open) <= MOST:  # the rest is closed without a word
+            # The rest is closed without a word.
+            if sum(each is may_ask for each in self._open.values()) <= (MOST if may_ask else STRANGERS):
                 async with asyncio.timeout(SECONDS):
-                    writer.write(await self._answered(reader, uid_of(writer.get_extra_info("socket"))))
+                    writer.write(await self._answered(reader, uid, may_ask))
                     await writer.drain()
                     writer.write_eof()
                     # To close with bytes unread would reset the connection, and take the answer with it.
@@ -128,8 +133,8 @@ class Admin:
             writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
             self._open.pop(task, None)
 
-    async def _answered(self, reader: asyncio.StreamReader, uid: int) -> bytes:
-        if uid not in {0, os.geteuid(), *self.admins}:
+    async def _answered(self, reader: asyncio.StreamReader, uid: int, may_ask: bool) -> bytes:
+        if not may_ask:
             self.refused += 1
             return answer(403, _problem("this user may not ask the agent", "agent.admins in mesh.yaml names who may, by uid"))
         try:

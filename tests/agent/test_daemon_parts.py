@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from meshlib.agent import sockets
-from meshlib.agent.admin import BODY_LIMIT, HEAD_LIMIT, MOST, Admin, View
+from meshlib.agent.admin import BODY_LIMIT, HEAD_LIMIT, MOST, STRANGERS, Admin, View
 from meshlib.agent.attest import Caller
 from meshlib.agent.data import DataPlane, Handover, doors_of
 from meshlib.agent.entries import Entries
@@ -364,6 +364,22 @@ async def test_slow_and_many_keep_nobody_out_for_long(folder: Path, admin: Admin
     await asyncio.sleep(0.2)
     assert len(admin._open) == MOST
     await asyncio.sleep(1.2)
+    assert await asked(folder, "/health") == (200, {"status": "ok"})
+    for plug in plugs:
+        plug.close()
+
+
+async def test_who_may_not_ask_takes_nobodys_place(folder: Path, admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them there are, and however long they stay."""
+    monkeypatch.setattr("meshlib.agent.admin.uid_of", lambda connection: 4242)
+    plugs = []
+    for _ in range(MOST + 4):
+        plug = socket.socket(socket.AF_UNIX)
+        plug.connect(str(folder / "admin.sock"))
+        plugs.append(plug)
+    await asyncio.sleep(0.2)
+    assert len(admin._open) == STRANGERS
+    monkeypatch.undo()
     assert await asked(folder, "/health") == (200, {"status": "ok"})
     for plug in plugs:
         plug.close()
