@@ -463,7 +463,8 @@ def test_file_that_was_cleared_away_is_written_anew(
     world.system.put("orders", *some(1, 2))
     world.begin(cache="true")
     until(kept.exists)
-    for clear in (kept.unlink, lambda: shutil.rmtree(kept.parent)):
+    ways: list[Callable[[], object]] = [kept.unlink, lambda: shutil.rmtree(kept.parent)]
+    for clear in ways:
         clear()
         end = time.monotonic() + 10.0
         while not kept.exists():
