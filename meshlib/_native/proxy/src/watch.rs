@@ -25,7 +25,7 @@ const NO_HEAD: &[u8] = b"\0\r\n\r\n";
 
 /// What hyper would say in its own words, where the library must know that they are the agent's.
 const UNREADABLE: &[u8] = b"HTTP/1.1 400 Bad Request\r\nx-mesh-failed: agent; written=0\r\n\
-    content-type: text/plain; charset=utf-8\r\ncontent-length: 78\r\nconnection: close\r\n\r\n\
+    content-type: text/plain; charset=utf-8\r\ncontent-length: 79\r\nconnection: close\r\n\r\n\
     the agent can't read this request: it is too large, or means two things at once";
 
 pub enum Watch {
