@@ -128,7 +128,7 @@ def test_service_enrols_renews_and_comes_back_after_it_was_off_for_too_long(firs
     kinds = [entry.get("by") for entry in log_of(first, name, "--service", "web") if entry["event"] in {"issue", "renewal"}]
     assert (kinds[0], kinds.count("token"), kinds.count("renewal") >= 3) == ("token", 2, True)
     keys = [path for path in (first.folder / name).rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()]
-    assert {path.name for path in keys} == {"root.key", "issuer.key"}
+    assert {path.name for path in keys} == {"root.key", "issuer.key", "tokens.key"}
     assert "the chain is whole" in first.meshlib("ca", "audit", name, "--verify")
 
 
