@@ -44,6 +44,8 @@ pub struct Facts {
     pub layer: u32,
     pub left: Duration,
     pub pushback: Pushback,
+    /// Nobody was there, as the source says too: an attempt that nobody got loads nobody, and a service that has shrunk isn't an outage.
+    pub is_free: bool,
 }
 
 /// The judgement, case by case; the words go into the call's record.
@@ -97,7 +99,7 @@ pub fn judge(
     if wait >= facts.left {
         return Verdict::Deliver("the deadline comes before the next attempt");
     }
-    if !budget.0.withdraw(budget.1, now) {
+    if !facts.is_free && !budget.0.withdraw(budget.1, now) {
         return Verdict::Deliver(NONE_AFFORDED);
     }
     Verdict::Retry(wait, word)
@@ -175,6 +177,7 @@ mod tests {
             layer: 0,
             left: 15 * SECOND,
             pushback: Pushback::Unsaid,
+            is_free: false,
         }
     }
 

@@ -446,6 +446,8 @@ impl Call {
                     layer: self.layer,
                     left: self.deadline.saturating_sub(now),
                     pushback,
+                    is_free: matches!(outcome, Outcome::Refused | Outcome::Identity)
+                        && service.is_doubtful(&endpoint.state),
                 };
                 budget = service.state.budget.left(&service.plan.budget, now);
                 judge(&facts, &route.plan.retry, (&service.state.budget, &service.plan.budget), &self.random, now)

@@ -80,6 +80,11 @@ impl EndpointState {
         self.is_out() && matches!(self.health.lock().breaker.state, State::Open | State::HalfOpen)
     }
 
+    /// It is ejected, and the last that was heard of it was that nobody is there.
+    pub fn is_found_dead(&self) -> bool {
+        self.is_ejected() && self.health.lock().breaker.is_dead()
+    }
+
     pub fn is_isolated(&self) -> bool {
         self.is_isolated.load(Ordering::Acquire)
     }
@@ -296,6 +301,12 @@ impl Service {
             if state.health.lock().breaker.is_dead() {
                 return true;
             }
+            // Where nobody is there at all is no part of what may be out.
+            let is_gone = |state: &&Arc<EndpointState>| is_doubtful(state) && state.health.lock().breaker.is_dead();
+            let gone = ejected.iter().filter(is_gone).count();
+            total = total.saturating_sub(gone);
+            out = out.saturating_sub(gone);
+            count = count.saturating_sub(gone);
         } else {
             let gone = fleet.gone();
             total = total.saturating_sub(gone);
@@ -333,8 +344,16 @@ impl Service {
                 }
                 return None;
             }
+            let is_doubtful = fleet.place_of(state).is_some_and(|place| fleet.is_doubtful(place));
+            if is_doubtful && now < self.state.doubtful_from() {
+                next = next.min(self.state.doubtful_from());
+                return None;
+            }
             next = Duration::ZERO; // one that is due stays so until a call can take it
             let place = place(state)?;
+            if is_doubtful {
+                self.state.doubtful_asked(now);
+            }
             // Open and half open are both "out": none of the other three places has to hear of it.
             health.breaker.signal(Signal::Probe);
             Some((place, true))

@@ -52,6 +52,8 @@ pub struct ServiceState {
     pub suspect_count: AtomicU32,
     /// When the next probe may be due, in nanoseconds: nobody looks for one before.
     next_probe: AtomicU64,
+    /// When the next probe may go to an endpoint that the source doesn't tell any more, in nanoseconds.
+    next_doubtful: AtomicU64,
     /// Changes of any endpoint's state.
     pub changes: AtomicU32,
     /// The newest fleet: a call that pins an older plan tells this one what it learns.
@@ -242,6 +244,9 @@ impl Service {
 /// Fleets at most that wait for the last call to be done with them.
 const MOST_RETIRED: usize = 16;
 
+/// A probe of who isn't told any more costs a call an attempt, and there may be hundreds of them: one a second for all together.
+const DOUBTFUL_EVERY: Duration = Duration::from_secs(1);
+
 impl ServiceState {
     /// A fleet that was replaced is freed here, when no call has it any more, and not by the last of those calls: that would wait for ten
     /// thousand endpoints.
@@ -263,6 +268,15 @@ impl ServiceState {
     #[cfg(test)]
     pub fn retired_count(&self) -> usize {
         self.retired.lock().len()
+    }
+
+    /// No probe goes to an endpoint that the source doesn't tell any more before then.
+    pub fn doubtful_from(&self) -> Duration {
+        Duration::from_nanos(self.next_doubtful.load(Ordering::Acquire))
+    }
+
+    pub fn doubtful_asked(&self, now: Duration) {
+        self.next_doubtful.store(nanos(now + DOUBTFUL_EVERY), Ordering::Release);
     }
 
     /// A probe is due then, or earlier.

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! A hash key skips 3: it has one home, whoever asks. Within each step the policy of the Service picks (`eligible.rs`). Where some endpoints
-//! are only held (the registry doesn't tell them any more), a retry goes to one that is told, if there is any: it has met one of them that is
-//! gone, more likely than not.
+//! are only held (the registry doesn't tell them any more), a call that has met one of them that is gone goes on to one that is told, if there
+//! is any: the next one that is held may be gone, too.
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -61,6 +61,8 @@ impl Call {
         } else if self.has_home() {
             what = "picked by key";
         } else if let Some((part, is_panic)) = self.part(backend) {
+            // Where a zone is gone as a whole, its other endpoints are, too.
+            let part = part.filter(|part| part.has_told() || !backend.has_doubtful() || !self.has_met_gone(&tried));
             let near = part.and_then(|part| Some((self.pick(part, is_panic, &tried, now)?, part)));
             if let Some((pick, part)) = near {
                 return picked(pick, part, if is_panic { "picked in zone, in panic" } else { "picked in zone" });
@@ -138,6 +140,15 @@ impl Call {
         backend.has(place as usize) && endpoint.is_some_and(|e| e.weight > 0.0 && !e.state.is_out())
     }
 
+    /// One that the source doesn't tell any more was tried, and is out.
+    fn has_met_gone(&self, tried: &[u32]) -> bool {
+        let is_gone = |place: &u32| {
+            let endpoint = self.fleet.endpoints.get(*place as usize);
+            self.fleet.is_doubtful(*place as usize) && endpoint.is_some_and(|e| e.state.is_out())
+        };
+        tried.iter().any(is_gone)
+    }
+
     fn pick(&self, backend: &Backend, is_panic: bool, tried: &[u32], now: Duration) -> Option<Pick> {
         let balance = &self.service.plan.balance;
         // This call is in flight itself.
@@ -149,7 +160,7 @@ impl Call {
         if !backend.has_doubtful() {
             return with(Held::All);
         }
-        let told = if tried.is_empty() { None } else { with(Held::None) };
+        let told = if self.has_met_gone(tried) { with(Held::None) } else { None };
         let pick = told.or_else(|| with(Held::Well));
         if is_panic {
             pick.or_else(|| with(Held::All))

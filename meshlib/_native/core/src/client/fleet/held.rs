@@ -38,7 +38,7 @@ impl Fleet {
     pub(super) fn begins_anew(&self, place: usize, found: &Address) -> bool {
         !found.is_held
             && self.is_held(place)
-            && self.endpoints.get(place).is_some_and(|endpoint| endpoint.state.is_ejected())
+            && self.endpoints.get(place).is_some_and(|endpoint| endpoint.state.is_found_dead())
     }
 
     /// Whether somebody is told who takes traffic.
@@ -52,6 +52,11 @@ impl Backend {
     /// It has members that are told, and others that are only held.
     pub fn has_doubtful(&self) -> bool {
         0 < self.told && self.told < self.able
+    }
+
+    /// It has members that are told.
+    pub fn has_told(&self) -> bool {
+        self.told > 0
     }
 
     /// How many of its members that take traffic are told.

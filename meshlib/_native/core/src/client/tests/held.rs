@@ -155,3 +155,94 @@ fn who_is_gone_counts_for_no_zone() {
     let hits = spread(&engine, &request("GET", "/"), 100, 0.1);
     assert!(hits.keys().all(|name| name.starts_with('a')), "{hits:?}");
 }
+
+/// The registry tells the first so many of a fleet.
+fn told_of(found: Vec<Address>, count: usize) -> Vec<Address> {
+    found.into_iter().enumerate().map(|(n, found)| Address { is_held: n >= count, ..found }).collect()
+}
+
+/// However large it was: who is gone is met once, then by a probe a second for all together, and what nobody got costs no retry of the budget.
+#[test]
+fn no_call_fails_where_a_large_service_shrinks() {
+    for name in ["peak_ewma", "round_robin", "random"] {
+        for (total, left, rate) in [(100, 10, 100), (300, 30, 100), (300, 30, 10), (1000, 100, 500)] {
+            let engine = policy(name).engine(&fleet(total));
+            engine.resolve("orders", 2, &told_of(fleet(total), left), at(0.0)).unwrap();
+            let (mut failed, mut met) = (0, 0);
+            for n in 0..rate * 20 {
+                let answer = |name: &str| if number(name) < left { (Response, 200) } else { (Refused, 0) };
+                let (tried, outcome, _) = drive(&engine, "GET", n as f64 / rate as f64, answer);
+                failed += usize::from(outcome != Response);
+                met += usize::from(number(&tried[0]) >= left);
+            }
+            assert_eq!(failed, 0, "{name}, {total} to {left}, {rate} a second");
+            assert!(met <= total - left + 20, "{name}, {total} to {left}, {rate} a second: {met} met one that is gone");
+        }
+    }
+}
+
+/// The caller's own zone is gone as a whole: a retry goes to the other one.
+#[test]
+fn no_call_fails_where_a_zone_is_gone() {
+    for locality in ["zone_aware", "failover", "off"] {
+        let found = || in_zones(&[("a", 10), ("b", 10)]);
+        let service =
+            policy("round_robin").whole("/zone", json!("a")).with("/balance/locality/policy", json!(locality));
+        let engine = service.engine(&found());
+        let is_gone = |name: &str| name.starts_with('a');
+        let told: Vec<Address> = found().into_iter().map(|f| Address { is_held: is_gone(&f.address), ..f }).collect();
+        engine.resolve("orders", 2, &told, at(0.0)).unwrap();
+        let answer = |name: &str| if is_gone(name) { (Refused, 0) } else { (Response, 200) };
+        let failed = (0..1000).filter(|n| drive(&engine, "GET", *n as f64 / 100.0, answer).1 != Response).count();
+        assert_eq!(failed, 0, "{locality}");
+    }
+}
+
+/// The registry is wrong, and a call is made again for another reason: the few that it tells don't get all the retries.
+#[test]
+fn retries_are_spread_over_those_that_are_held_and_well() {
+    for name in ["peak_ewma", "least_request", "round_robin", "random"] {
+        let engine = policy(name).engine(&fleet(10));
+        engine.resolve("orders", 2, &told(1), at(0.0)).unwrap();
+        let chance = crate::random::Random::new(7);
+        let (mut attempts, mut at_told) = (0, 0);
+        for n in 0..5000 {
+            let answer = |_: &str| if chance.unit() < 0.1 { (Response, 503) } else { (Response, 200) };
+            let (tried, ..) = drive(&engine, "GET", n as f64 / 200.0, answer);
+            attempts += tried.len();
+            at_told += tried.iter().filter(|name| number(name) == 0).count();
+        }
+        assert!(at_told as f64 <= 0.1 * 1.25 * attempts as f64, "{name}: {at_told} of {attempts} at one of ten");
+    }
+}
+
+/// Where eight are gone, the ninth is held and answers with errors: it is ejected as if those eight had never been.
+#[test]
+fn who_is_held_and_sick_is_ejected_beside_many_that_are_gone() {
+    let engine = policy("round_robin").engine(&fleet(10));
+    engine.resolve("orders", 2, &told(1), at(0.0)).unwrap();
+    let answer = |name: &str| match name {
+        "e0" => (Response, 200),
+        "e9" => (Response, 500),
+        _ => (Refused, 0),
+    };
+    let failed = (0..3000).filter(|n| drive(&engine, "POST", *n as f64 / 100.0, answer).2 == 500).count();
+    assert!(failed <= 10, "{failed} of 3000 failed");
+}
+
+/// The registry loses its data for a moment, and is right again: an endpoint that fails its calls is as sick as before.
+#[test]
+fn who_is_sick_stays_out_over_a_blip_of_the_registry() {
+    let engine = policy("round_robin").engine(&fleet(10));
+    let answer = |name: &str| if name == "e9" { (Response, 500) } else { (Response, 200) };
+    let run =
+        |from: f64| (0..500).filter(|n| drive(&engine, "POST", from + *n as f64 / 100.0, answer).2 == 500).count();
+    run(0.0);
+    for blip in 0..5 {
+        let now = 5.0 + 5.0 * blip as f64;
+        engine.resolve("orders", 2 + 2 * blip, &told(3), at(now)).unwrap();
+        engine.resolve("orders", 3 + 2 * blip, &fleet(10), at(now + 0.1)).unwrap();
+        let failed = run(now + 0.1);
+        assert!(failed <= 2, "after blip {blip}: {failed}");
+    }
+}

@@ -307,6 +307,7 @@ impl Walk {
     fn head(&mut self) {
         let Some(n) = self.some_live().filter(|n| !self.live[*n].running.is_empty()) else { return };
         let before = self.states();
+        let service = self.service();
         let chance = &self.chance;
         let (now, live) = (at(self.now), &mut self.live[n]);
         let (token, state) = live.running.swap_remove(chance.below(live.running.len()));
@@ -319,6 +320,7 @@ impl Walk {
             _ => Pushback::Unsaid,
         };
         let had_others = !live.running.is_empty();
+        let is_free = matches!(outcome, Refused | Identity) && service.is_doubtful(&state);
         match live.call.head(token, outcome, status, pushback, now).unwrap() {
             Reply::Await => assert!(had_others),
             Reply::Retry => {
@@ -331,7 +333,9 @@ impl Walk {
                 } else {
                     live.repeats += 1;
                     assert!(live.repeats <= live.most, "more retries than asked for");
-                    self.repeated.push(self.now);
+                    if !is_free {
+                        self.repeated.push(self.now);
+                    }
                 }
             }
             Reply::Deliver if outcome == Response => {
