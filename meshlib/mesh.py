@@ -69,7 +69,7 @@ class Mesh:
         self.service = config.service
         self.keeper = shared()
         self._reload = Reload(lambda: self.config, self._adopt)
-        self._upkeep = Upkeep(self, self._reload)
+        self.upkeep = Upkeep(self, self._reload)
         # Those whose entrance is made again, after a fork or a reload.
         self.guards: weakref.WeakSet[Guard] = weakref.WeakSet()
         # The ways in that were made for applications of this process, and the rates that all processes count for them together.
@@ -119,7 +119,7 @@ class Mesh:
 
     def start(self) -> Mesh:
         """Start the keeper's work: rotation, discovery, reload, metrics. Called by whatever needs it; harmless to call again."""
-        self._upkeep.start()
+        self.upkeep.start()
         return self
 
     def reload(self) -> bool:
@@ -143,7 +143,7 @@ class Mesh:
         """Take no new work: readiness goes false, registries are told, and servers of the mesh end when what is under way has ended."""
         from .server.drain import drain_of
 
-        self._upkeep.is_ready = False
+        self.upkeep.is_ready = False
         drain_of(self).begin()
 
     @property
@@ -151,7 +151,7 @@ class Mesh:
         """Does this process take new work? False from the moment on in which it begins to end."""
         from .server.drain import drain_of
 
-        return self._upkeep.is_ready and drain_of(self).is_serving
+        return self.upkeep.is_ready and drain_of(self).is_serving
 
     def on_drain(self, callback: Callable[[], object]) -> None:
         """Call back, in the keeper's thread, when the process begins to end and still serves: the time to leave registries.
@@ -164,12 +164,12 @@ class Mesh:
 
     def close(self) -> None:
         """End the keeper's work for this mesh. Clients made by it close their own connections."""
-        self._upkeep.stop()
+        self.upkeep.stop()
 
     @property
     def metrics_port(self) -> int | None:
         """The port at which the metrics are, if they are."""
-        return self._upkeep.metrics_port
+        return self.upkeep.metrics_port
 
     def metrics(self) -> str:
         """Everything that is counted, as Prometheus text."""
@@ -380,7 +380,6 @@ class Mesh:
 
         if listen is None and port is not None:
             listen = f"0.0.0.0:{port}"
-        self._upkeep.listen = listen or ""
         serve(self, app, listen=listen, workers=workers, threads=threads)
 
     def grpc_server_interceptors(self) -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
@@ -403,7 +402,7 @@ class Mesh:
         from .server.grpc import add_port
 
         port = add_port(self.start(), server, address, plain=plain)
-        self._upkeep.grpc = self._upkeep.listen = f"{address.rpartition(':')[0]}:{port}"
+        self.upkeep.serves(address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}", is_grpc=True)
         return port
 
     def add_grpc_health(self, server: Any, *names: str) -> None:
@@ -444,7 +443,7 @@ class Mesh:
         self.engine.publish(client_plan, now)
         self.gate.publish(server_plan, now)
         self.outbound.identity = self.trust.identity
-        self._upkeep.record_by(fresh)
+        self.upkeep.record_by(fresh)
         self._use(fresh)
         limit()
         before, after = self.config.own, fresh.own
@@ -462,7 +461,7 @@ class Mesh:
         self._renew_guards()
         go_through_with_it()
         self._check(fresh)
-        self._upkeep.follow()
+        self.upkeep.follow()
 
     def _use(self, config: Config) -> None:
         """What the way out has to know of a configuration beside the engine's plan."""
@@ -539,7 +538,7 @@ class Mesh:
         self.engine.reseed(secrets.randbits(64))
         self.gate.reset()
         self.outbound.ledger.forget()
-        self._upkeep.after_fork()
+        self.upkeep.after_fork()
         self._reload.after_fork()
         self.trust.after_fork()
         if self.delegation is not None:
@@ -554,7 +553,7 @@ class Mesh:
     def _wake(self) -> None:
         """In a forked child: the keeper's thread stayed with the parent."""
         self.outbound.wake = None
-        if self._upkeep.is_started:
+        if self.upkeep.is_started:
             self.start()
 
     def __repr__(self) -> str:

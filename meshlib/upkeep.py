@@ -38,8 +38,8 @@ WRITE: Final = 5.0
 class Upkeep:
     """The keeper's work for one mesh in one process.
 
-    `is_ready`: nobody has asked it to drain. `listen` is where the process listens, if not where the configuration says, and `grpc` the
-    port of ours by which it serves gRPC, "" for none.
+    `is_ready`: nobody has asked it to drain. `listen` is where the process listens, if not where the configuration says, and `has_grpc`
+    whether it serves gRPC by a port of ours.
     """
 
     def __init__(self, mesh: Mesh, reload: Reload) -> None:
@@ -54,7 +54,14 @@ class Upkeep:
         self._recorder = _recorder_of(mesh.config)
         self.is_ready = True
         self.listen = ""
-        self.grpc = ""
+        self.has_grpc = False
+        self._has_grpc_address = False
+
+    def serves(self, listen: str, *, is_grpc: bool = False) -> None:
+        """A server of this process listens there. What the node agent hands over came to where the configuration says."""
+        handed = self._mesh.config.own.inbound.agent
+        self.listen = "" if handed and listen in {f"unix:{handed}", f"unix://{handed}"} else listen
+        self.has_grpc, self._has_grpc_address = self.has_grpc or is_grpc, is_grpc
 
     @property
     def is_started(self) -> bool:
@@ -137,9 +144,9 @@ class Upkeep:
         self._listener = None
         self._lock = threading.Lock()
         # A gRPC server stays with the parent. A listener that `serve` has opened is there for its workers, who know it by this.
-        if self.listen == self.grpc:
+        if self._has_grpc_address:
             self.listen = ""
-        self.grpc = ""
+        self.has_grpc = self._has_grpc_address = False
 
     def _serve_metrics(self, address: str) -> None:
         from .observe.exporter import MetricsListener
@@ -167,7 +174,7 @@ class Upkeep:
         own, drain = mesh.config.own, drain_of(mesh)
         if own.register is None:
             await mesh.registrar.leave()
-        elif drain.is_serving and (self.grpc or any(not way.is_asleep for way in tuple(mesh.ways))):
+        elif drain.is_serving and (self.has_grpc or any(not way.is_asleep for way in tuple(mesh.ways))):
             if not self._leaves:
                 self._leaves = True
                 drain.on_leave(mesh.registrar.leave)

@@ -147,8 +147,11 @@ class Connection:
         check: Callable[[Metadata], None] = lambda _: None,
         limits: Limits = Limits(),
         tally: Tally | None = None,
+        earns: Callable[[], bool] = lambda: True,
     ) -> None:
         self._sock = sock
+        # Does an answer give back what asking for it cost?
+        self._earns = earns
         self._methods = methods
         self._check = check
         self._limits = limits
@@ -452,8 +455,7 @@ class Connection:
             log.exception("a call of the agent's gRPC server failed")
             ended = (Code.UNKNOWN, "the agent has failed; its log says why")
         call.task = None
-        if ended[0] is not Code.PERMISSION_DENIED:
-            self._tally.give_back(_ANSWERED)
+        self._answered()
         self._finish(call, *ended)
 
     async def _request(self, call: _Call) -> bytes:
@@ -498,7 +500,11 @@ class Connection:
             self._h2.send_data(call.stream, rest[:size].tobytes())
             rest = rest[size:]
             self._flush()
-        self._tally.give_back(_ANSWERED)
+        self._answered()
+
+    def _answered(self) -> None:
+        if self._earns():
+            self._tally.give_back(_ANSWERED)
 
     def _finish(self, call: _Call, code: Code, text: str) -> None:
         if call.stream not in self._calls:

@@ -130,6 +130,7 @@ class Agent:
         self._say = say
         self._notifier = notifier or Notifier()
         self._tried = b"" if config.url else _digest(config.file)
+        self._retry = 0.0
         self._listening: dict[str, sockets.Listening] = {}
         self._signals = 0
         self._told_to_end = asyncio.Event()
@@ -352,6 +353,7 @@ class Agent:
                 self._adopt(fresh)
             except Exception as error:
                 self.reload_failures += 1
+                self._retry = time.monotonic() + RETRY
                 told, self.fault = self.fault, str(error) or type(error).__name__
                 is_ours = isinstance(error, MeshError)
                 if is_asked or not is_ours or told != self.fault:
@@ -399,7 +401,9 @@ class Agent:
             await asyncio.sleep(LOOK)
             try:
                 self.data.look()
-                if not self.config.url and _digest(self.config.file) != self._tried:
+                is_changed = not self.config.url and _digest(self.config.file) != self._tried
+                # What could not be used may need something beside it: a mode, a file that it names.
+                if is_changed or (not self.config.url and self.fault and time.monotonic() >= self._retry):
                     await self.reload()
             except Exception:
                 log.exception("the agent could not look at its parts")

@@ -119,7 +119,11 @@ class WorkloadApi:
         if caller is None:
             limits = replace(limits, calls=1)
         tally = self._tally_of(uid_of(connection) if caller is None else caller.uid)
-        made = Connection(connection, _Session(self, caller).methods, check=_check, limits=limits, tally=tally)
+
+        def earns() -> bool:
+            return caller is not None and bool(self._entries.of(caller))
+
+        made = Connection(connection, _Session(self, caller).methods, check=_check, limits=limits, tally=tally, earns=earns)
         self._connections[made] = caller
         try:
             await made.serve()

@@ -326,7 +326,7 @@ def _host(address: str) -> str:
 def advertised(listen: str, outward: Callable[[bool], str]) -> str:
     """The address of a listener, with that of this host where it listens everywhere. Raises ConfigError."""
     _, colon, port = listen.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or not int(port):
+    if listen.startswith("unix:") or not colon or not port.isascii() or not port.isdigit() or not int(port):
         raise ConfigError(
             f"register: it is not known at which address and port this process is reached (it listens at {listen or 'nothing'!r}).",
             hint="Write `address` under `register`, or `listen` with a port.",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ..observe.edges import Watch
     from ..secure import IdentityStore
     from ..secure.trust import Trust
+    from ..upkeep import Upkeep
     from .handed import Handed
     from .waiting import Room
 
@@ -98,6 +99,7 @@ class Inside(Protocol):
     keeper: Keeper
     trust: Trust
     watch: Watch
+    upkeep: Upkeep
     room: Room
     ways: WeakSet[InboundWay]
     inbound_rates: InboundRates | None

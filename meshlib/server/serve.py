@@ -74,6 +74,7 @@ def serve(
     mode = HANDED if inbound.agent and address == f"unix:{inbound.agent}" else SHARED
     listeners = Listeners(address, inbound.public, inbound.probe, mode=mode)
     door_of(mesh).is_served = True
+    mesh.upkeep.serves(address)
     _tell(mesh, listeners, "uvicorn" if is_asgi else "gunicorn", workers)
     door, pulse = door_of(mesh), Pulse()
     if is_asgi and workers == 1:

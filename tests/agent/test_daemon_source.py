@@ -76,8 +76,8 @@ def registry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 @contextlib.asynccontextmanager
-async def serving() -> AsyncIterator[Agent]:
-    agent = Agent(configured(URL), proxy=Paper, grace=1.0)
+async def serving(source: str | Path = URL) -> AsyncIterator[Agent]:
+    agent = Agent(configured(source), proxy=Paper, grace=1.0)
     agent.check()
     task = asyncio.create_task(agent.run())
     try:
@@ -115,6 +115,20 @@ async def test_what_can_not_be_used_changes_nothing(
         assert "entires" in agent.fault
         assert sum("can't be used" in line for line in caplog.messages) == 1
         registry._text = good
+        await until(lambda: list(agent.issuer.identities) == [ORDERS, STOCK])
+        assert not agent.fault
+
+
+async def test_a_file_that_could_not_be_used_is_tried_again_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it lacked may stand beside it: here, that nobody else may write to it."""
+    monkeypatch.setattr("meshlib.agent.run.RETRY", 0.1)
+    file = mesh_file(folder, entries=us("orders"))
+    async with serving(file) as agent:
+        file.chmod(0o664)
+        mesh_file(folder, entries=us("orders", "stock")).chmod(0o664)
+        await until(lambda: "0664" in agent.fault)
+        assert list(agent.issuer.identities) == [ORDERS]
+        file.chmod(0o600)
         await until(lambda: list(agent.issuer.identities) == [ORDERS, STOCK])
         assert not agent.fault
 

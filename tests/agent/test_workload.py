@@ -591,13 +591,14 @@ def test_client_who_only_has_much_to_ask_is_no_flood(tmp_path: Path) -> None:
         assert agent.api.connections == 1
 
 
-def test_stranger_who_asks_and_asks_is_a_flood(tmp_path: Path) -> None:
-    """It is always told the same, and that costs as much as an answer."""
+@pytest.mark.parametrize("what", [{}, {"body": b""}, {"grpc-timeout": "1n"}], ids=["a message", "none", "no time"])
+def test_stranger_who_asks_and_asks_is_a_flood(tmp_path: Path, what: dict[str, Any]) -> None:
+    """Whatever they are told, it costs as much as an answer."""
     with node(tmp_path, [EntryPolicy("orders", uid=1001)], limits=Limits(frames=1000)) as agent:
         raw = Raw(agent.path)
         with contextlib.suppress(Exception):
             for _ in range(100):
-                raw.call()
+                raw.call(**what)
                 raw.read()
         until(lambda: agent.api.bars(ME))
 

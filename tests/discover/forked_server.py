@@ -1,13 +1,15 @@
 """A server that forks, and is entered in a registry which writes down who enters. Run by test_registration_fork.
 
 `python -m tests.discover.forked_server CONFIG FOLDER grpc` serves gRPC by a port of the mesh and forks a child that only calls others;
-`… served ADDRESS` serves an application at another address than the configuration's, with two workers. For each process that is entered
+`… served ADDRESS` serves an application at another address than the configuration's, with two workers; `… command ADDRESS` does so with
+`meshlib serve`, and `… grpc ADDRESS` serves gRPC there, without a child. For each process that is entered
 there is a file in FOLDER, by its number, with the address.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +54,11 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 def main(config: str, folder: str, what: str, address: str = "") -> None:
     Directory.__init__.__kwdefaults__["open_one"] = Written(Path(folder)).open_one  # type: ignore[attr-defined, index]
+    if what == "command":
+        from meshlib.cli import main as command
+
+        told = ["--config", config, "--service", "orders", "--listen", address]
+        raise SystemExit(command(["serve", "tests.discover.forked_server:app", *told]))
     mesh = meshlib.Mesh.load(config, service="orders")
     if what == "served":
         mesh.serve(app, listen=address, workers=2)
@@ -59,8 +66,12 @@ def main(config: str, folder: str, what: str, address: str = "") -> None:
     import grpc
 
     server = grpc.server(ThreadPoolExecutor(2), interceptors=list(mesh.sync_grpc_server_interceptors()))
-    mesh.add_grpc_port(server, "127.0.0.1:0")
+    mesh.add_grpc_port(server, address or "127.0.0.1:0")
     server.start()
+    if address:
+        signal.sigwait({signal.SIGTERM})
+        mesh.close()
+        return
     while not (Path(folder) / str(os.getpid())).exists():
         time.sleep(0.05)
     if not os.fork():

@@ -402,7 +402,7 @@ def test_address_that_is_not_known_yet_stops_no_start(strict: System, tmp_path: 
         until(lambda: bool(mesh.registrar.fault))
         assert [alarm["kind"] for alarm in alarms(mesh)] == ["registration"]
         assert "at which address and port" in alarms(mesh)[0]["message"]
-        mesh._upkeep.listen = "127.0.0.1:7001"
+        mesh.upkeep.listen = "127.0.0.1:7001"
         until(lambda: mesh.registrar.is_entered)
         assert ([instance.address for instance in strict.instances.values()], alarms(mesh)) == (["127.0.0.1:7001"], [])
     finally:
