@@ -318,11 +318,11 @@ fn plain_http_on_either_side_is_recognised() {
 }
 
 #[test]
-fn an_end_during_the_handshake_is_an_error_of_tls() {
+fn an_end_during_the_handshake_is_a_lost_connection() {
     let pair = Pair::new();
     let mut client = HttpConnection::tls(pair.client.clone(), SERVER, "a:1");
     client.open().unwrap();
-    assert_eq!(ErrorKind::Tls, client.receive_eof(&mut Recorder::default()).unwrap_err().kind);
+    assert_eq!(ErrorKind::Lost, client.receive_eof(&mut Recorder::default()).unwrap_err().kind);
     assert_eq!(1, pair.client.handshakes.counts()[2].1);
 }
 
