@@ -342,7 +342,10 @@ def _upstreams(peers: Peers) -> Iterator[list[str]]:
     """nginx with mutual TLS at fifty ports."""
     where = peers.folder / f"upstreams-{free_port()}"
     where.mkdir()
-    ports = [free_port() for _ in range(UPSTREAMS)]
+    free = set[int]()
+    while len(free) < UPSTREAMS:  # one port is drawn twice now and then
+        free.add(free_port())
+    ports = list(free)
     own = Path(peers.identities) / "orders"
     user = "user root;" if os.geteuid() == 0 else ""
     temporary = " ".join(f"{kind}_temp_path {where / kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))

@@ -4,6 +4,9 @@
 //! back to the pool. A body that breaks is an error to whoever reads it, so that a cut message never looks whole: it goes on as the
 //! reset that the other side sent, or else, where it is an answer of gRPC, as UNAVAILABLE, which is what gRPC itself makes of a
 //! connection that ended. One that makes no progress is broken by the worker's sweep (`progress`).
+//!
+//! There is one that it can't tell: an answer of HTTP/2 without a length that is reset in the middle with NO_ERROR, which hyper takes for
+//! the end of the message.
 use std::error::Error as _;
 use std::fmt;
 use std::pin::Pin;
