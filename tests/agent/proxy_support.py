@@ -203,6 +203,19 @@ def scripted(script: Callable[[socket.socket], object]) -> Iterator[int]:
         thread.join(5)
 
 
+def heard(plug: socket.socket) -> Iterator[tuple[h2.connection.H2Connection, h2.events.Event]]:
+    """What a scripted endpoint of HTTP/2 hears, one after the other. What it says meanwhile goes out before the next is awaited."""
+    peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf8"))
+    peer.initiate_connection()
+    while True:
+        plug.sendall(peer.data_to_send())
+        data = plug.recv(65536)
+        if not data:
+            return
+        for event in peer.receive_data(data):
+            yield peer, event
+
+
 def head_of(plug: socket.socket) -> bytes:
     """A request's head, as it comes."""
     data = b""

@@ -23,6 +23,7 @@ from tests.agent.proxy_support import (
     asking,
     echo,
     head_of,
+    heard,
     read_all,
     scripted,
     until,
@@ -126,18 +127,13 @@ def test_a_peer_that_declines(world: World, how: str) -> None:
     """REFUSED_STREAM, and GOAWAY below the stream: it was not processed."""
 
     def script(plug: socket.socket) -> None:
-        peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
-        peer.initiate_connection()
-        plug.sendall(peer.data_to_send())
-        while data := plug.recv(65536):
-            for event in peer.receive_data(data):
-                if isinstance(event, h2.events.RequestReceived):
-                    assert event.stream_id
-                    if how == "goaway":
-                        plug.sendall(struct.pack(">I", 8)[1:] + b"\x07\0" + bytes(4) + bytes(4) + bytes(4))
-                    else:
-                        peer.reset_stream(event.stream_id, 7)
-            plug.sendall(peer.data_to_send())
+        for peer, event in heard(plug):
+            if isinstance(event, h2.events.RequestReceived):
+                assert event.stream_id
+                if how == "goaway":
+                    plug.sendall(struct.pack(">I", 8)[1:] + b"\x07\0" + bytes(4) + bytes(4) + bytes(4))
+                else:
+                    peer.reset_stream(event.stream_id, 7)
 
     with scripted(script) as port:
         assert failed(world.client().get("/", headers=asking(port, expect="-", protocol="http2"))) == "declined; written=1"

@@ -21,7 +21,7 @@ import h2.connection
 import h2.events
 import pytest
 
-from tests.agent.proxy_support import CALLER, Caller2, World, asking, head_of, read_all, scripted, until, world
+from tests.agent.proxy_support import CALLER, Caller2, World, asking, head_of, heard, read_all, scripted, until, world
 
 __all__ = ["world"]
 
@@ -32,19 +32,12 @@ LARGE = 200_000
 
 def answering(plug: socket.socket) -> None:
     """An endpoint of HTTP/2: much for /large as the windows allow it, little for everything else."""
-    peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf8"))
-    peer.initiate_connection()
     left: dict[int, int] = {}
-    while True:
-        plug.sendall(peer.data_to_send())
-        data = plug.recv(65536)
-        if not data:
-            return
-        for event in peer.receive_data(data):
-            if isinstance(event, h2.events.RequestReceived):
-                assert event.stream_id is not None and event.headers is not None
-                peer.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
-                left[event.stream_id] = LARGE if dict(event.headers)[":path"] == "/large" else 10
+    for peer, event in heard(plug):
+        if isinstance(event, h2.events.RequestReceived):
+            assert event.stream_id is not None and event.headers is not None
+            peer.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+            left[event.stream_id] = LARGE if dict(event.headers)[":path"] == "/large" else 10
         for stream in sorted(left):
             while left.get(stream):
                 size = min(peer.local_flow_control_window(stream), peer.max_outbound_frame_size, left[stream])
@@ -261,17 +254,10 @@ def test_threads_of_one_process_share_one_connection(world: World) -> None:
 
 def staying(plug: socket.socket) -> None:
     """An endpoint of HTTP/2 whose answers begin and don't end, and which takes no more of a body than its windows."""
-    peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf8"))
-    peer.initiate_connection()
-    while True:
-        plug.sendall(peer.data_to_send())
-        data = plug.recv(65536)
-        if not data:
-            return
-        for event in peer.receive_data(data):
-            if isinstance(event, h2.events.RequestReceived):
-                assert event.stream_id is not None
-                peer.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+    for peer, event in heard(plug):
+        if isinstance(event, h2.events.RequestReceived):
+            assert event.stream_id is not None
+            peer.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
 
 
 def test_streams_of_a_process_do_not_hold_up_its_other_calls(world: World) -> None:

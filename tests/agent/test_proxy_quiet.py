@@ -14,7 +14,7 @@ import h2.events
 import httpx
 import pytest
 
-from tests.agent.proxy_support import Caller2, World, asking, head_of, scripted, until, world
+from tests.agent.proxy_support import Caller2, World, asking, head_of, heard, scripted, until, world
 
 __all__ = ["world"]
 
@@ -38,19 +38,12 @@ class Quiet:
     def __call__(self, plug: socket.socket) -> None:
         self.plugs.append(plug)
         plug.settimeout(60)
-        peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf8"))
-        peer.initiate_connection()
-        while True:
-            plug.sendall(peer.data_to_send())
-            data = plug.recv(65536)
-            if not data:
-                return
-            for event in peer.receive_data(data):
-                if isinstance(event, h2.events.RequestReceived):
-                    assert event.stream_id is not None
-                    self.asked += 1
-                    peer.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
-                self.pings += isinstance(event, h2.events.PingReceived)
+        for peer, event in heard(plug):
+            if isinstance(event, h2.events.RequestReceived):
+                assert event.stream_id is not None
+                self.asked += 1
+                peer.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+            self.pings += isinstance(event, h2.events.PingReceived)
 
 
 def test_a_quiet_stream_is_not_pinged(world: World) -> None:

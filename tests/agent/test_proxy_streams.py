@@ -19,7 +19,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import unix_connect
 
-from tests.agent.proxy_support import CALLER, Caller2, World, asking, facts, head_of, read_all, scripted, until, world
+from tests.agent.proxy_support import CALLER, Caller2, World, asking, facts, head_of, heard, read_all, scripted, until, world
 
 __all__ = ["world"]
 
@@ -215,27 +215,20 @@ class Breaking:
         self.kind = kind
 
     def __call__(self, plug: socket.socket) -> None:
-        peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
-        peer.initiate_connection()
-        while True:
-            plug.sendall(peer.data_to_send())
-            data = plug.recv(65536)
-            if not data:
-                return
-            for event in peer.receive_data(data):
-                if isinstance(event, h2.events.RequestReceived):
-                    assert event.stream_id
-                    fields = [(":status", "200"), ("content-type", self.kind)]
-                    if self.end == "no error":
-                        fields.append(("content-length", "100"))
-                    peer.send_headers(event.stream_id, fields)
-                    # A whole message, and the beginning of another one.
-                    peer.send_data(event.stream_id, b"\0\0\0\0\5first\0\0\0\0\5se")
-                    plug.sendall(peer.data_to_send())
-                    time.sleep(0.2)
-                    if self.end == "closed":
-                        return
-                    peer.reset_stream(event.stream_id, {"refused": 7, "cancelled": 8, "calm": 11, "no error": 0}[self.end])
+        for peer, event in heard(plug):
+            if isinstance(event, h2.events.RequestReceived):
+                assert event.stream_id
+                fields = [(":status", "200"), ("content-type", self.kind)]
+                if self.end == "no error":
+                    fields.append(("content-length", "100"))
+                peer.send_headers(event.stream_id, fields)
+                # A whole message, and the beginning of another one.
+                peer.send_data(event.stream_id, b"\0\0\0\0\5first\0\0\0\0\5se")
+                plug.sendall(peer.data_to_send())
+                time.sleep(0.2)
+                if self.end == "closed":
+                    return
+                peer.reset_stream(event.stream_id, {"refused": 7, "cancelled": 8, "calm": 11, "no error": 0}[self.end])
 
 
 @pytest.mark.parametrize(
